@@ -1,0 +1,12 @@
+include(CMakePackageConfigHelpers)
+set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/hymoe")
+install(TARGETS hymoe EXPORT hymoe)
+install(DIRECTORY include/hymoe DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
+install(EXPORT hymoe NAMESPACE hymoe:: FILE hymoe-targets.cmake DESTINATION "${package_dir}")
+configure_package_config_file(cmake/hymoe-config.cmake.in hymoe-config.cmake INSTALL_DESTINATION "${package_dir}")
+write_basic_package_version_file(hymoe-config-version.cmake COMPATIBILITY SameMinorVersion)
+install(FILES "${CMAKE_CURRENT_BINARY_DIR}/hymoe-config.cmake" "${CMAKE_CURRENT_BINARY_DIR}/hymoe-config-version.cmake"
+  cmake/FindLibTorch.cmake DESTINATION "${package_dir}")
+if(TARGET hymoe_program)
+  install(TARGETS hymoe_program)
+endif()
