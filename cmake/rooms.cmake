@@ -4,7 +4,7 @@ add_library(hymoe_flags INTERFACE)
 target_include_directories(hymoe_flags INTERFACE "${CMAKE_CURRENT_SOURCE_DIR}/include" "${CMAKE_CURRENT_SOURCE_DIR}/src")
 target_compile_options(hymoe_flags INTERFACE -Wall -Wextra -Werror -fno-math-errno)
 target_link_libraries(hymoe_flags INTERFACE LibTorch::LibTorch nlohmann_json::nlohmann_json yaml-cpp spdlog::spdlog
-  PkgConfig::pcre2 PkgConfig::utf8proc ZLIB::ZLIB Threads::Threads)
+  PkgConfig::pcre2 PkgConfig::utf8proc ZLIB::ZLIB OpenSSL::Crypto Threads::Threads)
 
 file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/empty.cpp.in" "")
 configure_file("${CMAKE_CURRENT_BINARY_DIR}/empty.cpp.in" "${CMAKE_CURRENT_BINARY_DIR}/empty.cpp" COPYONLY)
@@ -53,4 +53,4 @@ target_compile_features(hymoe INTERFACE cxx_std_20)
 target_include_directories(hymoe INTERFACE
   $<BUILD_INTERFACE:${CMAKE_CURRENT_SOURCE_DIR}/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 target_link_libraries(hymoe PUBLIC LibTorch::LibTorch nlohmann_json::nlohmann_json yaml-cpp spdlog::spdlog
-  PkgConfig::pcre2 PkgConfig::utf8proc ZLIB::ZLIB Threads::Threads)
+  PkgConfig::pcre2 PkgConfig::utf8proc ZLIB::ZLIB OpenSSL::Crypto Threads::Threads)
