@@ -1,0 +1,48 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
+#include <hymoe/io/safetensors.h>
+#include <hymoe/model/config.h>
+#include <hymoe/model/transformer.h>
+
+#include <filesystem>
+#include <string>
+
+#include <nlohmann/json.hpp>
+
+namespace hymoe {
+
+/// A model's config from `dir`/config.json: model_type llama or qwen2 (Hugging Face), or hymoe (ours). What we
+/// do not implement (rope scaling, another activation, sliding windows, other biases, …) is a DataError that
+/// names the file and the key.
+ModelConfig read_model_config(const std::filesystem::path& dir);
+
+/// config.json of a model: a dense one as transformers reads it (5 and older), a hybrid one with model_type
+/// "hymoe" and all of the config under "model".
+nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype);
+
+/// A model from a folder: config.json, and model.safetensors or its shards in F32, F16 or BF16. Parameters
+/// become `dtype`; buffers keep theirs. Tensors are read one at a time. A missing, extra or misshapen tensor
+/// is a DataError that lists the names; a tied lm_head.weight may be present if it equals the embedding.
+Transformer load_pretrained(const std::filesystem::path& dir, at::Device device = at::kCPU,
+                            at::ScalarType dtype = at::kFloat);
+
+/// The same into a model that is there (its device, its dtypes), from a folder with the tensors of its names.
+void load_weights(Transformer& model, const std::filesystem::path& dir);
+
+/// Writes config.json and model*.safetensors into `folder`, which exists, and copies the tokenizer and
+/// generation files of `tokenizer_dir` if one is given.
+std::vector<WrittenFile> write_pretrained(const Transformer& model, const std::filesystem::path& folder,
+                                          const std::filesystem::path& tokenizer_dir = {});
+
+/// The same as a folder that appears only when complete.
+void save_pretrained(const Transformer& model, const std::filesystem::path& dir,
+                     const std::filesystem::path& tokenizer_dir = {});
+
+/// Copies tokenizer.json, tokenizer_config.json, special_tokens_map.json, vocab.json, merges.txt,
+/// generation_config.json and chat_template.jinja, those that are there.
+void copy_tokenizer_files(const std::filesystem::path& from, const std::filesystem::path& to);
+
+}  // namespace hymoe

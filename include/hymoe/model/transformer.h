@@ -1,0 +1,92 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <hymoe/comm/mesh.h>
+#include <hymoe/model/config.h>
+#include <hymoe/model/kv_cache.h>
+#include <hymoe/moe/moe.h>
+#include <hymoe/moe/routing.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace hymoe {
+
+using at::Tensor;
+
+struct LayerLoad {
+  int64_t layer;
+  BranchLoad load;
+};
+
+struct ModelOutput {
+  Tensor hidden;    // [T, D] after the final norm
+  Tensor aux_loss;  // scalar fp32, sum over the MoE layers; 0 for a dense model
+  std::vector<LayerLoad> loads;
+};
+
+struct LossOutput {
+  Tensor loss;      // scalar fp32: Σ_t token_weight·nll, without aux_loss
+  Tensor nll;       // [T] fp32 detached, nats, 0 where the target is -100
+  Tensor aux_loss;  // scalar fp32
+  std::vector<LayerLoad> loads;
+};
+
+/// Whether a new model's weights get values; kNone leaves memory as it comes, for who fills all of it.
+enum class Init { kRandom, kNone };
+
+struct DecoderImpl;
+
+/// A decoder-only language model over flattened rows: `tokens` [T] int64 hold the documents of `packing` one
+/// after another; attention, positions and routing never cross from one to the next. Padding rows may only
+/// stand at the end of a document; what comes out of them means nothing.
+///
+/// Parameters have Hugging Face's names: model.embed_tokens.weight, model.layers.N.{input_layernorm,
+/// post_attention_layernorm}.weight, .self_attn.{q,k,v,o}_proj.weight (.bias of q, k, v for qwen2),
+/// .mlp.{gate,up,down}_proj.weight or the MoE layer's names after .mlp., model.norm.weight, lm_head.weight
+/// (absent when embeddings are tied).
+///
+/// Fresh weights are drawn from torch's generator: N(0, 0.02), those that write to the residual stream
+/// (o_proj, down_proj) N(0, 0.02 / sqrt(2·num_layers)) (GPT-2), norms 1, biases 0.
+class TransformerImpl : public torch::nn::Module {
+ public:
+  /// Throws ConfigError for a config that does not hold together.
+  explicit TransformerImpl(ModelConfig config, Mesh mesh = {}, Init init = Init::kRandom);
+
+  /// With a cache the documents of `packing` continue those of the cache (its `state` is set from the cache);
+  /// padding is then refused, and so is a router that is not causal, unless its config allows it.
+  ModelOutput hidden(const Tensor& tokens, const Packing& packing, KVCache* cache = nullptr);
+  /// [T, D] -> [T, vocab_size], in the dtype of hidden.
+  Tensor logits(const Tensor& hidden);
+  /// Cross-entropy without whole logits. targets [T] int64, -100 = no loss; token_weights [T] fp32, undefined = 1.
+  LossOutput loss(const Tensor& tokens, const Tensor& targets, const Packing& packing,
+                  const Tensor& token_weights = {});
+  /// After an optimizer step: routers balance their biases and move their cut-offs.
+  void end_step(const Group& group = {});
+
+  const ModelConfig& config() const { return config_; }
+  /// The MoE layer at `layer`. Throws for a dense layer.
+  MoE moe(int64_t layer) const;
+  /// Whether no output can depend on later rows of its document.
+  bool causal() const;
+
+  /// Parameters, shared ones once.
+  int64_t num_params() const;
+  /// Parameters that one token meets on average: all outside the MoE layers, and what MoE::num_active_params
+  /// counts in them.
+  int64_t num_active_params() const;
+  /// Floating-point operations a token of training (forward and backward, 2 a multiply-add) in documents of
+  /// seq_len: 6 for every active parameter but the embedding table's look-up, and causal attention's
+  /// 6·num_layers·seq_len·num_heads·head_dim.
+  double flops_per_token(int64_t seq_len) const;
+
+ private:
+  ModelConfig config_;
+  std::shared_ptr<DecoderImpl> model_;
+  Tensor lm_head_;  // undefined when tied
+};
+TORCH_MODULE(Transformer);
+
+}  // namespace hymoe
