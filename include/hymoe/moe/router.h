@@ -1,0 +1,107 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <hymoe/comm/group.h>
+#include <hymoe/config/fields.h>
+#include <hymoe/moe/registry.h>
+#include <hymoe/moe/routing.h>
+#include <torch/nn/module.h>
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+
+namespace hymoe {
+
+struct RouterConfig {
+  std::string kind = "topk";
+  int64_t top_k = 2;
+  std::string scoring = "softmax";
+  std::optional<bool> normalize;
+  std::string shared = "apart";
+  double balance_loss = 0.01;
+  double z_loss = 0;
+  int64_t segment_len = 64;
+  std::string score = "previous";
+  std::string select = "threshold";
+  std::string pooling = "max";
+  double capacity = 1;
+  int64_t bucket = 4;
+  std::string gate_scale = "none";
+  double threshold_decay = 0.99;
+  bool allow_noncausal = false;
+  std::map<std::string, std::string> options;
+
+  static auto fields() {
+    using C = RouterConfig;
+    return hymoe::fields(
+        field("kind", &C::kind,
+              "name of a registered router; built in: topk (a unit is a row), segment (a window)"),
+        field("top_k", &C::top_k, "experts a unit goes to (topk, and segment with select top_k)").at_least(1),
+        field("scoring", &C::scoring, "how logits become scores").one_of({"softmax", "sigmoid"}),
+        field("normalize", &C::normalize,
+              "divide a unit's weights by their sum; by default topk does and segment does not"),
+        field("shared", &C::shared,
+              "inside: the shared expert has the router's last row, is always taken and shares the "
+              "normalisation")
+            .one_of({"inside", "apart"}),
+        field("balance_loss", &C::balance_loss,
+              "coefficient of the load-balance loss (topk, and segment with select top_k)")
+            .at_least(0),
+        field("z_loss", &C::z_loss, "coefficient of the mean squared log-sum-exp of the logits").at_least(0),
+        field("segment_len", &C::segment_len, "rows of a window; the last one of a document may be shorter")
+            .at_least(1),
+        field("score", &C::score, "whose pooled vector scores a window: own looks ahead, previous does not")
+            .one_of({"own", "previous"}),
+        field("select", &C::select,
+              "who takes a window: expert_choice looks ahead, threshold and top_k do not")
+            .one_of({"expert_choice", "threshold", "top_k"}),
+        field("pooling", &C::pooling, "how a window becomes a vector").one_of({"max", "mean"}),
+        field("capacity", &C::capacity, "experts a window gets on average (expert_choice, threshold)")
+            .above(0),
+        field("bucket", &C::bucket, "experts a window gets at most (expert_choice, threshold)").at_least(1),
+        field("gate_scale", &C::gate_scale, "window: weights are divided by segment_len, as MultiPL-MoE does")
+            .one_of({"none", "window"}),
+        field("threshold_decay", &C::threshold_decay, "how much of the old cut-off a step keeps (threshold)")
+            .at_least(0)
+            .below(1),
+        field("allow_noncausal", &C::allow_noncausal,
+              "let a router that looks ahead decode, on what it has seen"),
+        field("options", &C::options, "for routers of your own"));
+  }
+  void check() const;
+
+  /// `normalize`, or what it is for this kind when unset.
+  bool normalized() const { return normalize.value_or(kind != "segment"); }
+  /// Experts that a unit of E reaches on average.
+  double experts_per_unit() const;
+};
+
+/// Decides where each unit goes. The decision for a row may depend only on that row's own past in its
+/// document, on parameters, and on state frozen before the step; a router that cannot promise this says so in
+/// causal() or batch_independent().
+class Router : public torch::nn::Module {
+ public:
+  /// x [T, D] -> the routing of all its rows. With packing.state, documents continue and the routing must be
+  /// what it would have been for the whole documents at once.
+  virtual Routing forward(const Tensor& x, const Packing& packing) = 0;
+  /// After an optimizer step: makes what was gathered in training forward passes, over all ranks of the
+  /// group, the state of the next step.
+  virtual void end_step(const Group&) {}
+  /// Whether no decision depends on later rows of its document.
+  virtual bool causal() const { return true; }
+  /// Whether no decision depends on other documents of the call.
+  virtual bool batch_independent() const { return true; }
+};
+
+struct RouterArgs {
+  int64_t dim;
+  int64_t num_experts;
+  RouterConfig config;
+};
+
+/// The routers by `kind`: "topk", "segment" and those that were added.
+Registry<Router, RouterArgs>& routers();
+
+}  // namespace hymoe
