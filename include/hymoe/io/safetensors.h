@@ -1,5 +1,7 @@
 #pragma once
 
+#include <hymoe/io/file.h>
+
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
@@ -11,8 +13,6 @@
 #include <unordered_map>
 #include <utility>
 #include <vector>
-
-#include "hymoe/io/file.h"
 
 namespace hymoe {
 
