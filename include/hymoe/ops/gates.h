@@ -1,0 +1,30 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace hymoe::ops {
+
+using at::Tensor;
+
+/// What a top-k router decided for each row.
+struct Gates {
+  Tensor ids;            ///< [T, K] int64, best first; of equal scores the lower index first
+  Tensor weights;        ///< [T, K] fp32, differentiable
+  Tensor shared_weight;  ///< [T] fp32, differentiable; undefined unless shared_last
+  Tensor scores;         ///< [T, columns of logits] fp32, softmax or sigmoid over all of them, differentiable
+};
+
+struct GateOptions {
+  int64_t top_k = 1;
+  bool sigmoid = false;             ///< scores by sigmoid instead of softmax
+  bool normalize = true;            ///< weights of a row (shared expert included) sum to 1
+  bool softmax_after_topk = false;  ///< weights are a softmax over the chosen logits (Mixtral)
+  bool shared_last = false;         ///< the last column is the shared expert's: always taken, never in ids
+  double scale = 1;                 ///< weights are multiplied by this at the end
+};
+
+/// Chooses top_k experts a row of logits [T, E (+1 with shared_last)] by score plus selection_bias [E] (which
+/// moves the choice, not the weight: DeepSeek-V3, arXiv 2412.19437, eq. 16) and weighs them. Works in fp32.
+Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor& selection_bias = {});
+
+}  // namespace hymoe::ops

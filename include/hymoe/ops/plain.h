@@ -1,0 +1,28 @@
+#pragma once
+
+#include "hymoe/ops/cross_entropy.h"
+#include "hymoe/ops/permute.h"
+
+/// The specification of every fused operation of this room as a composition of tensor operations: same
+/// arguments, same results, ordinary autograd. Tests compare against it; devices and types without a fused
+/// path use it.
+namespace hymoe::ops::plain {
+
+Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts);
+Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
+                 const Tensor& base, const Tensor& base_weight);
+Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert);
+Tensor swiglu(const Tensor& gate_up);
+Tensor swiglu_experts(const Tensor& rows, const Tensor& gate_up_proj, const Tensor& down_proj,
+                      const Tensor& rows_per_expert);
+Tensor swiglu_mlp(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down);
+Tensor topk_ids(const Tensor& scores, int64_t top_k);
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+Tensor rotary(const Tensor& x, const Tensor& positions, const Tensor& inv_freq);
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
+                 const Tensor& k_offsets, int64_t window);
+CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const Tensor& targets,
+                                  const Tensor& token_weights);
+Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding);
+
+}  // namespace hymoe::ops::plain

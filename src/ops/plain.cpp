@@ -1,0 +1,140 @@
+#include "hymoe/ops/plain.h"
+
+#include <cmath>
+
+#include <torch/types.h>
+
+namespace hymoe::ops::plain {
+namespace {
+
+at::ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::vector<int64_t> to_vector(const Tensor& x) {
+  const Tensor c = x.to(at::kCPU).contiguous();
+  return {c.const_data_ptr<int64_t>(), c.const_data_ptr<int64_t>() + c.numel()};
+}
+
+}  // namespace
+
+Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts) {
+  const Tensor ids = expert_ids.reshape(-1);
+  const Tensor key = at::where(ids < 0, num_experts, ids);
+  const Tensor count = at::bincount(key, {}, num_experts + 1);
+  const Tensor order = at::argsort(key, /*stable=*/true, 0, /*descending=*/false);
+  const Tensor taken = order.narrow(0, 0, ids.numel() - count[num_experts].item<int64_t>());
+  Tensor slot_row = at::full_like(ids, -1);
+  slot_row.scatter_(0, taken, at::arange(taken.numel(), ids.options()));
+  return {count.narrow(0, 0, num_experts), taken.div(expert_ids.size(1), "floor"),
+          slot_row.view_as(expert_ids)};
+}
+
+Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
+                 const Tensor& base, const Tensor& base_weight) {
+  const auto type = accumulate_type(rows);
+  const Tensor& slot = permutation.slot_row;
+  const Tensor none = at::zeros({1, rows.size(1)}, rows.options());
+  const Tensor index = at::where(slot < 0, rows.size(0), slot).reshape(-1);
+  Tensor parts = at::cat({rows, none}).index_select(0, index).view({slot.size(0), slot.size(1), -1}).to(type);
+  if (weights.defined()) parts = parts * weights.to(type).unsqueeze(-1);
+  Tensor y = parts.sum(1);
+  if (base.defined()) {
+    y = y + (base_weight.defined() ? base.to(type) * base_weight.to(type).unsqueeze(-1) : base.to(type));
+  }
+  return y.to(rows.scalar_type());
+}
+
+Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert) {
+  const auto parts = rows.split_with_sizes(to_vector(rows_per_expert));
+  const auto matrices = weight.unbind(0);
+  std::vector<Tensor> products;
+  for (size_t e = 0; e < parts.size(); ++e) products.push_back(at::mm(parts[e], matrices[e].t()));
+  return at::cat(products);
+}
+
+Tensor swiglu(const Tensor& gate_up) {
+  const int64_t hidden = gate_up.size(-1) / 2;
+  return at::silu(gate_up.narrow(-1, 0, hidden)) * gate_up.narrow(-1, hidden, hidden);
+}
+
+Tensor swiglu_experts(const Tensor& rows, const Tensor& gate_up_proj, const Tensor& down_proj,
+                      const Tensor& rows_per_expert) {
+  return grouped_mm(swiglu(grouped_mm(rows, gate_up_proj, rows_per_expert)), down_proj, rows_per_expert);
+}
+
+Tensor swiglu_mlp(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
+  return at::mm(at::silu(at::mm(x, gate.t())) * at::mm(x, up.t()), down.t());
+}
+
+Tensor topk_ids(const Tensor& scores, int64_t top_k) {
+  return std::get<1>(at::sort(scores, /*stable=*/true, -1, /*descending=*/true))
+      .narrow(-1, 0, top_k)
+      .contiguous();
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  const Tensor h = x.to(accumulate_type(x));
+  const Tensor normal = h * at::rsqrt(h.square().mean(-1, /*keepdim=*/true) + eps);
+  return (normal * weight.to(h.scalar_type())).to(x.scalar_type());
+}
+
+Tensor rotary(const Tensor& x, const Tensor& positions, const Tensor& inv_freq) {
+  const auto type = accumulate_type(x);
+  const Tensor angle = positions.to(at::kFloat).unsqueeze(-1) * inv_freq;
+  const Tensor cos = angle.cos().to(type).unsqueeze(1), sin = angle.sin().to(type).unsqueeze(1);
+  const auto half = x.to(type).chunk(2, -1);
+  return at::cat({half[0] * cos - half[1] * sin, half[1] * cos + half[0] * sin}, -1).to(x.scalar_type());
+}
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
+                 const Tensor& k_offsets, int64_t window) {
+  const auto q_at = to_vector(q_offsets), k_at = to_vector(k_offsets);
+  const int64_t group = q.size(1) / k.size(1);
+  const double scale = 1 / std::sqrt(static_cast<double>(q.size(2)));
+  std::vector<Tensor> parts{q.narrow(0, 0, 0)};
+  for (size_t i = 0; i + 1 < q_at.size(); ++i) {
+    const int64_t queries = q_at[i + 1] - q_at[i], keys = k_at[i + 1] - k_at[i];
+    const auto heads = [&](const Tensor& x, int64_t start, int64_t n) {
+      return x.narrow(0, start, n).transpose(0, 1);
+    };
+    const Tensor qi = heads(q, q_at[i], queries);
+    const Tensor ki = heads(k, k_at[i], keys).repeat_interleave(group, 0);
+    const Tensor vi = heads(v, k_at[i], keys).repeat_interleave(group, 0);
+    const Tensor age = at::arange(keys - queries, keys, q_offsets.options().device(q.device())).unsqueeze(1) -
+                       at::arange(keys, q_offsets.options().device(q.device()));
+    const Tensor hidden = window > 0 ? (age < 0).logical_or(age >= window) : age < 0;
+    const Tensor scores = at::matmul(qi, ki.transpose(1, 2)).to(accumulate_type(q)).mul(scale);
+    const Tensor weights = at::softmax(scores.masked_fill(hidden, -INFINITY), -1).to(q.scalar_type());
+    parts.push_back(at::matmul(weights, vi).transpose(0, 1));
+  }
+  return at::cat(parts);
+}
+
+CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const Tensor& targets,
+                                  const Tensor& token_weights) {
+  const Tensor logits = at::mm(h, weight.t()).to(accumulate_type(h));
+  const Tensor nll = at::nll_loss(at::log_softmax(logits, -1), targets, {}, at::Reduction::None, -100);
+  const Tensor loss = (token_weights.defined() ? nll * token_weights : nll).sum();
+  return {loss, nll.detach()};
+}
+
+Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding) {
+  const auto at = to_vector(offsets);
+  std::vector<Tensor> pooled{x.narrow(0, 0, 0)};
+  for (size_t u = 0; u + 1 < at.size(); ++u) {
+    Tensor rows = x.narrow(0, at[u], at[u + 1] - at[u]);
+    if (padding.defined()) {
+      rows = rows.index_select(
+          0, padding.narrow(0, at[u], at[u + 1] - at[u]).logical_not().nonzero().squeeze(1));
+    }
+    if (rows.size(0) == 0) {
+      pooled.push_back(x.new_zeros({1, x.size(1)}));
+    } else {
+      pooled.push_back(max ? std::get<0>(rows.max(0, /*keepdim=*/true)) : rows.mean(0, /*keepdim=*/true));
+    }
+  }
+  return at::cat(pooled);
+}
+
+}  // namespace hymoe::ops::plain
