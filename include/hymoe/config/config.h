@@ -24,15 +24,15 @@ void check_config(const Type&, const void* config);
 
 }  // namespace detail
 
-/// Reads a YAML or JSON file into a config struct; what the file does not name keeps its default, a list or
-/// map that it names replaces the default whole. Overrides are `key.path=value`: list elements by index
-/// (index == size appends), map keys as path parts (in double quotes if they hold dots; in a map of scalars
-/// the rest of the path is the key), whole lists, maps and structs as YAML flow text (`languages=[rust,
-/// go]`). Throws ConfigError for anything the struct does not declare: unknown or repeated key, wrong type,
-/// value out of range, null, a failing check().
+/// Reads a YAML or JSON file into a config struct; what the file does not name keeps its value in `config`,
+/// the defaults; a list or map that it names replaces the default whole. Overrides are `key.path=value`: list
+/// elements by index (index == size appends), map keys as path parts (in double quotes if they hold dots; in
+/// a map of scalars the rest of the path is the key), whole lists, maps and structs as YAML flow text
+/// (`languages=[rust, go]`). Throws ConfigError for anything the struct does not declare: unknown or repeated
+/// key, wrong type, value out of range, null, a failing check().
 template <typename T>
-T load_config(const std::filesystem::path& path, const std::vector<std::string>& overrides = {}) {
-  T config{};
+T load_config(const std::filesystem::path& path, const std::vector<std::string>& overrides = {},
+              T config = {}) {
   detail::load_config(detail::type_of<T>(), &config, path, overrides);
   return config;
 }
@@ -40,8 +40,7 @@ T load_config(const std::filesystem::path& path, const std::vector<std::string>&
 /// As load_config, from YAML or JSON text; `name` stands for the file in messages.
 template <typename T>
 T parse_config(const std::string& text, const std::string& name,
-               const std::vector<std::string>& overrides = {}) {
-  T config{};
+               const std::vector<std::string>& overrides = {}, T config = {}) {
   detail::parse_config(detail::type_of<T>(), &config, text, name, overrides);
   return config;
 }

@@ -1,0 +1,260 @@
+#include "config/node.h"
+
+#include <hymoe/config/error.h>
+
+#include <algorithm>
+#include <cctype>
+#include <map>
+#include <optional>
+
+#include <utf8proc.h>
+#include <yaml-cpp/yaml.h>
+
+#include "config/scalar.h"
+
+namespace hymoe {
+namespace {
+
+constexpr int kMaxDepth = 100;         // an alias may hold itself
+constexpr size_t kMaxNodes = 1000000;  // aliases of aliases grow without bound
+
+class YamlReader {
+ public:
+  explicit YamlReader(const std::string& name) : name_(name) {}
+
+  Node read(const YAML::Node& yaml, int line, int depth = 0) {
+    if (depth > kMaxDepth) fail(line, "nested more than " + std::to_string(kMaxDepth) + " deep");
+    if (++nodes_ > kMaxNodes) fail(line, "more than " + std::to_string(kMaxNodes) + " values");
+    check_tag(yaml.Tag(), line);
+    Node node{.line = line};
+    if (yaml.IsScalar()) {
+      const bool plain = yaml.Tag() != "!" && yaml.Tag() != "tag:yaml.org,2002:str";
+      node.kind = plain ? Node::Kind::kPlain : Node::Kind::kText;
+      node.text = yaml.Scalar();
+    } else if (yaml.IsSequence()) {
+      node.kind = Node::Kind::kList;
+      for (const YAML::Node& element : yaml)
+        node.entries.push_back({"", read(element, line_of(element), depth + 1)});
+    } else if (yaml.IsMap()) {
+      node.kind = Node::Kind::kMap;
+      std::map<std::string, int> first_line;
+      for (const auto& entry : yaml) {
+        const int key_line = line_of(entry.first);
+        std::string key = read_key(entry.first, key_line);
+        const auto [first, added] = first_line.emplace(key, key_line);
+        if (!added) {
+          fail(key_line,
+               "key " + in_quotes(key, 60) + " given twice, first in line " + std::to_string(first->second));
+        }
+        node.entries.push_back({std::move(key), read(entry.second, key_line, depth + 1)});
+      }
+    }
+    return node;
+  }
+
+  [[noreturn]] void fail(int line, const std::string& text) const {
+    throw ConfigError("", text, where(name_, line));
+  }
+
+ private:
+  static int line_of(const YAML::Node& yaml) { return yaml.Mark().line + 1; }
+
+  void check_tag(const std::string& tag, int line) const {
+    constexpr std::string_view kYaml = "tag:yaml.org,2002:";
+    if (tag.size() > 1 && !tag.starts_with(kYaml))
+      fail(line, "tag " + in_quotes(tag, 60) + " is not supported");
+  }
+
+  std::string read_key(const YAML::Node& key, int line) const {
+    if (!key.IsScalar()) fail(line, "wanted text as a key");
+    if (key.Scalar() == "<<" && key.Tag() != "!") fail(line, "merge keys (<<) are not supported");
+    return key.Scalar();
+  }
+
+  const std::string& name_;
+  size_t nodes_ = 0;
+};
+
+// JSON writes a character beyond U+FFFF as two \u escapes, which YAML does not know; YAML has \U for it.
+std::string join_surrogates(const std::string& json) {
+  const auto unit = [&](size_t i) -> uint32_t {
+    return json.compare(i, 2, "\\u") == 0 ? std::stoul(json.substr(i + 2, 4), nullptr, 16) : 0;
+  };
+  std::string yaml;
+  for (size_t i = 0; i < json.size();) {
+    const size_t escape = std::min(json.find('\\', i), json.size());
+    yaml.append(json, i, escape - i);
+    i = escape;
+    if (i == json.size()) break;
+    const uint32_t high = unit(i);
+    const bool pair = high >= 0xD800 && high < 0xDC00 && i + 12 <= json.size();
+    const uint32_t low = pair ? unit(i + 6) : 0;
+    if (low >= 0xDC00 && low < 0xE000) {
+      char text[16];
+      std::snprintf(text, sizeof(text), "\\U%08X", 0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00));
+      yaml += text;
+      i += 12;
+    } else {
+      yaml.append(json, i, 2);
+      i += 2;
+    }
+  }
+  return yaml;
+}
+
+// Text that every YAML reader takes for this text also without quotes.
+bool is_plain_text(const std::string& text) {
+  static constexpr std::string_view kOtherwise[] = {"true", "false", "null", "yes", "no",
+                                                    "on",   "off",   "y",    "n"};
+  if (text.empty() ||
+      !(std::isalpha(static_cast<unsigned char>(text[0])) || text[0] == '_' || text[0] == '/')) {
+    return false;
+  }
+  const bool plain = std::all_of(text.begin(), text.end(), [](unsigned char c) {
+    return c < 0x80 &&
+           (std::isalnum(c) || std::string_view("_-./+").find(static_cast<char>(c)) != std::string::npos);
+  });
+  std::string lower = text;
+  std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
+  return plain && std::find(std::begin(kOtherwise), std::end(kOtherwise), lower) == std::end(kOtherwise);
+}
+
+std::string yaml_text(const std::string& text) { return is_plain_text(text) ? text : in_quotes(text); }
+
+bool is_container(const Node& node) {
+  return node.kind == Node::Kind::kList || node.kind == Node::Kind::kMap;
+}
+
+bool fits_one_line(const Node& node) {
+  if (node.kind == Node::Kind::kMap) return node.entries.empty();
+  return std::none_of(node.entries.begin(), node.entries.end(),
+                      [](const auto& e) { return is_container(e.value); });
+}
+
+void write_block(const Node& node, const std::string& indent, std::string& out) {
+  for (const auto& [key, value] : node.entries) {
+    const bool in_map = node.kind == Node::Kind::kMap;
+    out += indent + (in_map ? yaml_text(key) + ":" : "-");
+    if (fits_one_line(value)) {
+      out += " " + write_yaml_flow(value) + "\n";
+    } else if (in_map) {
+      out += "\n";
+      write_block(value, indent + "  ", out);
+    } else {  // the element's first line goes on the line of the dash
+      std::string block;
+      write_block(value, indent + "  ", block);
+      out += block.substr(indent.size() + 1);
+    }
+  }
+}
+
+}  // namespace
+
+std::string where(const std::string& name, int line) {
+  return line > 0 ? name + ":" + std::to_string(line) : name;
+}
+
+void check_text(const std::string& text, const std::string& name) {
+  int line = 1;
+  for (size_t i = 0; i < text.size();) {
+    utf8proc_int32_t c = 0;
+    const auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data() + i);
+    const utf8proc_ssize_t length =
+        utf8proc_iterate(bytes, static_cast<utf8proc_ssize_t>(text.size() - i), &c);
+    if (length < 0) throw ConfigError("", "wanted UTF-8 text, got other bytes", where(name, line));
+    if (c < ' ' && c != '\t' && c != '\n' && c != '\r') {
+      throw ConfigError("", "wanted text, got the control character " + std::to_string(c), where(name, line));
+    }
+    line += c == '\n';
+    i += static_cast<size_t>(length);
+  }
+}
+
+Node parse_yaml(const std::string& text, const std::string& name) {
+  check_text(text, name);
+  YamlReader reader(name);
+  const bool json_escapes = text.find("\\u") != std::string::npos && nlohmann::json::accept(text);
+  try {
+    const std::vector<YAML::Node> documents = YAML::LoadAll(json_escapes ? join_surrogates(text) : text);
+    if (documents.empty()) return {};
+    if (documents.size() > 1) reader.fail(documents[1].Mark().line + 1, "wanted one document, got several");
+    return reader.read(documents[0], std::max(documents[0].Mark().line + 1, 1));
+  } catch (const YAML::Exception& e) {
+    reader.fail(e.mark.line + 1, "not valid YAML: " + e.msg);
+  }
+}
+
+Node node_from_json(const nlohmann::json& json) {
+  if (json.is_null()) return {};
+  if (json.is_string()) return {.kind = Node::Kind::kText, .text = json.get<std::string>()};
+  if (!json.is_structured()) return {.kind = Node::Kind::kPlain, .text = json.dump()};
+  Node node{.kind = json.is_array() ? Node::Kind::kList : Node::Kind::kMap};
+  for (const auto& [key, value] : json.items()) {
+    node.entries.push_back({json.is_array() ? "" : key, node_from_json(value)});
+  }
+  return node;
+}
+
+std::string write_yaml(const Node& node) {
+  if (fits_one_line(node)) return write_yaml_flow(node) + "\n";
+  std::string out;
+  write_block(node, "", out);
+  return out;
+}
+
+std::string write_yaml_flow(const Node& node) {
+  if (node.kind == Node::Kind::kNull) return "null";
+  if (node.kind == Node::Kind::kPlain) return node.text;
+  if (node.kind == Node::Kind::kText) return yaml_text(node.text);
+  const bool map = node.kind == Node::Kind::kMap;
+  std::string out = map ? "{" : "[";
+  for (const auto& [key, value] : node.entries) {
+    if (out.size() > 1) out += ", ";
+    if (map) out += yaml_text(key) + ": ";
+    out += write_yaml_flow(value);
+  }
+  return out + (map ? "}" : "]");
+}
+
+nlohmann::json write_json(const Node& node) {
+  switch (node.kind) {
+    case Node::Kind::kNull:
+      return nullptr;
+    case Node::Kind::kPlain:  // JSON has no infinity
+      return nlohmann::json::accept(node.text) ? nlohmann::json::parse(node.text) : nlohmann::json(node.text);
+    case Node::Kind::kText:
+      return node.text;
+    case Node::Kind::kList: {
+      auto list = nlohmann::json::array();
+      for (const auto& entry : node.entries) list.push_back(write_json(entry.value));
+      return list;
+    }
+    case Node::Kind::kMap: {
+      auto map = nlohmann::json::object();
+      for (const auto& entry : node.entries) map[entry.key] = write_json(entry.value);
+      return map;
+    }
+  }
+  return nullptr;
+}
+
+std::string what_came(const Node& node) {
+  constexpr size_t kLongest = 60;
+  switch (node.kind) {
+    case Node::Kind::kNull:
+      return "nothing";
+    case Node::Kind::kPlain: {
+      const bool harmless = node.text.size() <= kLongest && node.text.find('\n') == std::string::npos;
+      return harmless ? node.text : in_quotes(node.text, kLongest);
+    }
+    case Node::Kind::kText:
+      return "the text " + in_quotes(node.text, kLongest);
+    case Node::Kind::kList:
+      return "a list";
+    case Node::Kind::kMap:
+      return "a mapping";
+  }
+  return "";
+}
+
+}  // namespace hymoe
