@@ -9,8 +9,8 @@
 
 namespace hymoe {
 
-/// A decoder of the Llama or Qwen2 family: pre-norm blocks of rotary grouped-query attention and a SwiGLU FFN,
-/// the FFN replaced by a MoE layer where `moe_layers` says so.
+/// A decoder of the Llama or Qwen2 family: pre-norm blocks of rotary grouped-query attention and a SwiGLU
+/// FFN, the FFN replaced by a MoE layer where `moe_layers` says so.
 struct ModelConfig {
   std::string family = "llama";  // "qwen2" (also Qwen1.5) has biases on q, k and v
   int64_t vocab_size = 49152;
@@ -24,10 +24,11 @@ struct ModelConfig {
   double rope_theta = 10000;
   double norm_eps = 1e-5;
   bool tie_embeddings = true;
-  std::vector<int64_t> moe_layers;  // indices of the layers whose FFN is `moe`
-  MoEConfig moe;                    // its dim is the model's
+  std::vector<int64_t> moe_layers = {};  // indices of the layers whose FFN is `moe`
+  MoEConfig moe = {};                    // its dim is the model's
+  std::vector<std::string> freeze = {};  // patterns (* = any text) of parameter names that training leaves alone
   int64_t bos_token_id = -1;        // -1: none
-  std::vector<int64_t> eos_token_ids;
+  std::vector<int64_t> eos_token_ids = {};
 
   static auto fields() {
     return hymoe::fields(
@@ -48,6 +49,8 @@ struct ModelConfig {
         field("moe_layers", &ModelConfig::moe_layers, "indices of the layers whose FFN is a MoE layer")
             .at_least(0),
         field("moe", &ModelConfig::moe, "what stands at moe_layers; its dim is the model's"),
+        field("freeze", &ModelConfig::freeze,
+              "parameters that training leaves as they are; * stands for any text"),
         field("bos_token_id", &ModelConfig::bos_token_id, "token that begins a text; -1: none").at_least(-1),
         field("eos_token_ids", &ModelConfig::eos_token_ids, "tokens that end a text").at_least(0));
   }

@@ -5,30 +5,31 @@
 #include <hymoe/moe/routing.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace hymoe {
 
 using at::Tensor;
 
-/// What a Transformer remembers of N documents between calls: keys and values of every layer, and the routers'
-/// state. Document i of a call continues document i of the calls before; a document may have no rows in a call.
-/// Room grows by doubling, so a step costs no copy of the past.
+/// What a Transformer remembers of N documents between calls: keys and values of every layer, and the
+/// routers' state. Document i of a call continues document i of the calls before; a document may have no rows
+/// in a call. Room grows by doubling, so a step costs no copy of the past.
 class KVCache {
  public:
   /// For `batch` documents, all empty.
   KVCache(const ModelConfig& config, int64_t batch);
 
-  int64_t batch() const { return static_cast<int64_t>(lengths_.size()); }
-  /// Rows that document i holds.
-  int64_t length(int64_t document) const { return lengths_[document]; }
+  int64_t batch() const { return state_.documents(); }
+  /// Rows that a document holds.
+  int64_t length(int64_t document) const { return state_.past().at(document); }
   DecodeState& state() { return state_; }
 
   /// Puts k and v [rows, kv_heads, d] of new rows behind those of a layer's document and returns all of that
   /// document's: views [length + rows, kv_heads, d], valid until the next append.
   std::pair<Tensor, Tensor> append(int64_t layer, int64_t document, const Tensor& k, const Tensor& v);
-  /// Ends a call: document i grew by rows_per_document[i].
-  void advance(const std::vector<int64_t>& rows_per_document);
+  /// Ends a call: document i grew by the rows that offsets [N + 1] give it.
+  void advance(const Tensor& offsets) { state_.advance(offsets); }
 
  private:
   struct Entry {
@@ -36,7 +37,6 @@ class KVCache {
   };
 
   std::vector<std::vector<Entry>> layers_;  // [layer][document]
-  std::vector<int64_t> lengths_;
   DecodeState state_;
 };
 

@@ -14,9 +14,9 @@
 
 namespace hymoe {
 
-/// A model's config from `dir`/config.json: model_type llama or qwen2 (Hugging Face), or hymoe (ours). What we
-/// do not implement (rope scaling, another activation, sliding windows, other biases, …) is a DataError that
-/// names the file and the key.
+/// A model's config from `dir`/config.json: model_type llama or qwen2 (Hugging Face), or hymoe (ours). What
+/// we do not implement (rope scaling, another activation, sliding windows, other biases, …) is a DataError
+/// that names the file and the key.
 ModelConfig read_model_config(const std::filesystem::path& dir);
 
 /// config.json of a model: a dense one as transformers reads it (5 and older), a hybrid one with model_type

@@ -10,6 +10,8 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <memory>
+#include <string>
 #include <vector>
 
 namespace hymoe {
@@ -18,26 +20,27 @@ using at::Tensor;
 
 struct LayerLoad {
   int64_t layer;
-  BranchLoad load;
+  BranchLoad load = {};
 };
 
 struct ModelOutput {
-  Tensor hidden;    // [T, D] after the final norm
-  Tensor aux_loss;  // scalar fp32, sum over the MoE layers; 0 for a dense model
-  std::vector<LayerLoad> loads;
+  Tensor hidden = {};    // [T, D] after the final norm
+  Tensor aux_loss = {};  // scalar fp32, sum over the MoE layers; 0 for a dense model
+  std::vector<LayerLoad> loads = {};
 };
 
 struct LossOutput {
-  Tensor loss;      // scalar fp32: Σ_t token_weight·nll, without aux_loss
-  Tensor nll;       // [T] fp32 detached, nats, 0 where the target is -100
-  Tensor aux_loss;  // scalar fp32
-  std::vector<LayerLoad> loads;
+  Tensor loss = {};      // scalar fp32: Σ_t token_weight·nll, without aux_loss
+  Tensor nll = {};       // [T] fp32 detached, nats, 0 where the target is -100
+  Tensor aux_loss = {};  // scalar fp32
+  std::vector<LayerLoad> loads = {};
 };
 
 /// Whether a new model's weights get values; kNone leaves memory as it comes, for who fills all of it.
 enum class Init { kRandom, kNone };
 
 struct DecoderImpl;
+struct LinearImpl;
 
 /// A decoder-only language model over flattened rows: `tokens` [T] int64 hold the documents of `packing` one
 /// after another; attention, positions and routing never cross from one to the next. Padding rows may only
@@ -49,20 +52,26 @@ struct DecoderImpl;
 /// (absent when embeddings are tied).
 ///
 /// Fresh weights are drawn from torch's generator: N(0, 0.02), those that write to the residual stream
-/// (o_proj, down_proj) N(0, 0.02 / sqrt(2·num_layers)) (GPT-2), norms 1, biases 0.
+/// (o_proj, down_proj) N(0, 0.02 / sqrt(2·num_layers)) (GPT-2), norms 1, biases 0; what else a MoE layer has
+/// begins as its class says.
 class TransformerImpl : public torch::nn::Module {
  public:
   /// Throws ConfigError for a config that does not hold together.
   explicit TransformerImpl(ModelConfig config, Mesh mesh = {}, Init init = Init::kRandom);
 
-  /// With a cache the documents of `packing` continue those of the cache (its `state` is set from the cache);
-  /// padding is then refused, and so is a router that is not causal, unless its config allows it.
+  /// With a cache the documents of `packing` continue those of the cache, `packing.state` is the cache's,
+  /// there are no gradients, padding is refused, and so is (ConfigError) a router that is not causal unless
+  /// its config allows it.
   ModelOutput hidden(const Tensor& tokens, const Packing& packing, KVCache* cache = nullptr);
   /// [T, D] -> [T, vocab_size], in the dtype of hidden.
-  Tensor logits(const Tensor& hidden);
-  /// Cross-entropy without whole logits. targets [T] int64, -100 = no loss; token_weights [T] fp32, undefined = 1.
+  Tensor logits(const Tensor& hidden) const;
+  /// Cross-entropy without whole logits. targets [T] int64, -100 = no loss; token_weights [T] fp32, undefined
+  /// = 1.
   LossOutput loss(const Tensor& tokens, const Tensor& targets, const Packing& packing,
                   const Tensor& token_weights = {});
+  /// For errors: the first parameter, or else the first layer's output of a forward pass, that holds a number
+  /// that is not finite, as text.
+  std::string first_non_finite(const Tensor& tokens, const Packing& packing);
   /// After an optimizer step: routers balance their biases and move their cut-offs.
   void end_step(const Group& group = {});
 
@@ -83,9 +92,13 @@ class TransformerImpl : public torch::nn::Module {
   double flops_per_token(int64_t seq_len) const;
 
  private:
+  void reset_parameters();
+  const Tensor& output_weight() const;
+
   ModelConfig config_;
   std::shared_ptr<DecoderImpl> model_;
-  Tensor lm_head_;  // undefined when tied
+  std::shared_ptr<LinearImpl> lm_head_;  // nullptr when tied
+  Tensor inv_freq_;                      // [head size / 2] fp32 on the CPU
 };
 TORCH_MODULE(Transformer);
 

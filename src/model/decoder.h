@@ -1,0 +1,74 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/linear.h>
+#include <torch/nn/module.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "hymoe/model/transformer.h"
+
+namespace hymoe {
+
+/// y = x weightᵀ + bias; weight [out, in].
+struct LinearImpl : torch::nn::Module {
+  LinearImpl(int64_t in, int64_t out, bool with_bias);
+  Tensor forward(const Tensor& x) const { return at::linear(x, weight, bias); }
+
+  Tensor weight, bias;
+};
+
+/// One parameter `weight`: of a norm or an embedding.
+struct WeightImpl : torch::nn::Module {
+  explicit WeightImpl(const std::vector<int64_t>& shape);
+
+  Tensor weight;
+};
+
+/// What the layers of one call share.
+struct Rows {
+  const Packing& packing;
+  Tensor positions;  // [T] int64, on the device of the model
+  Tensor inv_freq;   // [head size / 2] fp32
+  KVCache* cache;    // nullptr: none
+};
+
+struct AttentionImpl : torch::nn::Module {
+  AttentionImpl(const ModelConfig& config, int64_t layer);
+  Tensor forward(const Tensor& x, const Rows& rows) const;
+
+  int64_t layer, num_heads, num_kv_heads, head_size;
+  std::shared_ptr<LinearImpl> q_proj, k_proj, v_proj, o_proj;
+};
+
+/// The dense FFN.
+struct MlpImpl : torch::nn::Module {
+  explicit MlpImpl(const ModelConfig& config);
+  Tensor forward(const Tensor& x) const;
+
+  std::shared_ptr<LinearImpl> gate_proj, up_proj, down_proj;
+};
+
+struct BlockImpl : torch::nn::Module {
+  BlockImpl(const ModelConfig& config, const Mesh& mesh, int64_t layer);
+  /// Adds this layer's loads and auxiliary loss to `output`.
+  Tensor forward(Tensor x, const Rows& rows, ModelOutput& output);
+
+  int64_t layer;
+  double norm_eps;
+  std::shared_ptr<WeightImpl> input_layernorm, post_attention_layernorm;
+  std::shared_ptr<AttentionImpl> self_attn;
+  std::shared_ptr<MlpImpl> mlp;  // one of mlp and moe
+  MoE moe{nullptr};
+};
+
+struct DecoderImpl : torch::nn::Module {
+  DecoderImpl(const ModelConfig& config, const Mesh& mesh);
+
+  std::shared_ptr<WeightImpl> embed_tokens, norm;
+  std::vector<std::shared_ptr<BlockImpl>> layers;
+};
+
+}  // namespace hymoe
