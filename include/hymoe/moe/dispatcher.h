@@ -12,10 +12,10 @@ namespace hymoe {
 
 /// Rows on their way through the experts.
 struct Dispatched {
-  Tensor rows;             // [R, D] sorted by expert
-  Tensor rows_per_expert;  // [E] int64, experts of all branches one after another
-  Tensor weights;  // [T, K] fp32, the weight of each row's slots, 0 where a slot is empty; K of all branches
-  ops::Permutation permutation;
+  Tensor rows = {};             // [R, D] sorted by expert
+  Tensor rows_per_expert = {};  // [E] int64, experts of all branches one after another
+  Tensor weights = {};  // [T, K] fp32, the weight of each row's slots, 0 where a slot is empty; K of all branches
+  ops::Permutation permutation = {};
 };
 
 /// Brings rows to the experts of all branches of a layer in one permutation, and back; it knows rows and

@@ -29,7 +29,7 @@ struct ExpertsArgs {
   int64_t dim;
   int64_t hidden;
   int64_t num_experts;
-  std::map<std::string, std::string> options;
+  std::map<std::string, std::string> options = {};
 };
 
 /// The pools by name: "swiglu" and those that were added.
@@ -60,7 +60,7 @@ TORCH_MODULE(Swiglu);
 
 /// A module and the call of it.
 struct ExpertModule {
-  std::shared_ptr<torch::nn::Module> module;
+  std::shared_ptr<torch::nn::Module> module = {};
   std::function<Tensor(const Tensor&)> forward;
 };
 

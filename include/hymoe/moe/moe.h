@@ -35,13 +35,13 @@ struct SharedConfig {
 
 /// One router and its pool of experts.
 struct BranchConfig {
-  std::string name;
+  std::string name = {};
   int64_t num_experts = 8;
   int64_t hidden = 512;
   double weight = 1;
-  RouterConfig router;
+  RouterConfig router = {};
   std::string experts = "swiglu";
-  std::map<std::string, std::string> options;
+  std::map<std::string, std::string> options = {};
 
   static auto fields() {
     using C = BranchConfig;
@@ -60,8 +60,8 @@ struct BranchConfig {
 /// y = shared(x) + Σ weight_b·branch_b(x).
 struct MoEConfig {
   int64_t dim = 0;
-  SharedConfig shared;
-  std::vector<BranchConfig> branches;
+  SharedConfig shared = {};
+  std::vector<BranchConfig> branches = {};
   std::string fusion = "constant";
 
   static auto fields() {
@@ -80,16 +80,16 @@ struct MoEConfig {
 
 /// Where the rows of one forward pass went, on x's device.
 struct BranchLoad {
-  std::string name;
-  Tensor rows_per_expert;  // [E] int64
-  Tensor covered;          // scalar int64: rows with at least one expert
-  Tensor rows;             // scalar int64: rows that are not padding
+  std::string name = {};
+  Tensor rows_per_expert = {};  // [E] int64
+  Tensor covered = {};          // scalar int64: rows with at least one expert
+  Tensor rows = {};             // scalar int64: rows that are not padding
 };
 
 struct MoEOutput {
-  Tensor y;                      // as x
-  Tensor aux_loss;               // scalar fp32, sum over branches, coefficients applied; 0 when there is none
-  std::vector<BranchLoad> load;  // one a branch
+  Tensor y = {};                      // as x
+  Tensor aux_loss = {};               // scalar fp32, sum over branches, coefficients applied; 0 when there is none
+  std::vector<BranchLoad> load = {};  // one a branch
 };
 
 /// A Mixture-of-Experts layer: a shared expert and a list of branches, each a router and its experts
@@ -131,6 +131,7 @@ class MoEImpl : public torch::nn::Module {
 
  private:
   struct Branch;
+  std::vector<Routing> route(const Tensor& x, const Packing& packing);
   Tensor shared_coefficient(const Tensor& x, const std::vector<Routing>& routings) const;
   Tensor run_experts(const Dispatched& dispatched) const;
   std::vector<BranchLoad> load(const std::vector<Routing>& routings, const Dispatched& dispatched,

@@ -18,7 +18,7 @@ struct RouterConfig {
   std::string kind = "topk";
   int64_t top_k = 2;
   std::string scoring = "softmax";
-  std::optional<bool> normalize;
+  std::optional<bool> normalize = {};
   std::string shared = "apart";
   double balance_loss = 0.01;
   double z_loss = 0;
@@ -31,7 +31,7 @@ struct RouterConfig {
   std::string gate_scale = "none";
   double threshold_decay = 0.99;
   bool allow_noncausal = false;
-  std::map<std::string, std::string> options;
+  std::map<std::string, std::string> options = {};
 
   static auto fields() {
     using C = RouterConfig;
@@ -98,7 +98,7 @@ class Router : public torch::nn::Module {
 struct RouterArgs {
   int64_t dim;
   int64_t num_experts;
-  RouterConfig config;
+  RouterConfig config = {};
 };
 
 /// The routers by `kind`: "topk", "segment" and those that were added.
