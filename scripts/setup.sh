@@ -86,7 +86,7 @@ packages=(
   "$compiler:compiler" "cmake:build" "ninja-build:build" "pkg-config:build" "ccache:quick rebuilds" "mold:quick links"
   "python3:set-up and downloads" "python3-venv:environment that holds LibTorch" "ca-certificates:downloads"
   "nlohmann-json3-dev:JSON" "libyaml-cpp-dev:configs" "libspdlog-dev:logging" "libcli11-dev:command line"
-  "libpcre2-dev:tokenizer" "libutf8proc-dev:tokenizer" "zlib1g-dev:compressed corpora"
+  "libpcre2-dev:tokenizer" "libutf8proc-dev:tokenizer" "zlib1g-dev:compressed corpora" "libssl-dev:checksums"
 )
 if [[ $tests == ON ]]; then packages+=("libgtest-dev:tests" "libbenchmark-dev:benchmarks"); fi
 
