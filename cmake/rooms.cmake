@@ -2,7 +2,8 @@
 # docs/architecture.md says what each room is for; tests/include_direction_test.py holds the sources to it.
 add_library(hymoe_flags INTERFACE)
 target_include_directories(hymoe_flags INTERFACE "${CMAKE_CURRENT_SOURCE_DIR}/include" "${CMAKE_CURRENT_SOURCE_DIR}/src")
-target_compile_options(hymoe_flags INTERFACE -Wall -Wextra -Werror -fno-math-errno)
+# -fPIC for programs too (after the -fPIE that CMake gives them): the precompiled header serves libraries and tests alike.
+target_compile_options(hymoe_flags INTERFACE -fPIC -Wall -Wextra -Werror -fno-math-errno)
 target_link_libraries(hymoe_flags INTERFACE LibTorch::LibTorch nlohmann_json::nlohmann_json yaml-cpp spdlog::spdlog
   PkgConfig::pcre2 PkgConfig::utf8proc ZLIB::ZLIB OpenSSL::Crypto Threads::Threads)
 
