@@ -136,7 +136,9 @@ void write_block(const Node& node, const std::string& indent, std::string& out) 
     const bool in_map = node.kind == Node::Kind::kMap;
     out += indent + (in_map ? yaml_text(key) + ":" : "-");
     if (fits_one_line(value)) {
-      out += " " + write_yaml_flow(value) + "\n";
+      out += ' ';
+      out += write_yaml_flow(value);
+      out += '\n';
     } else if (in_map) {
       out += "\n";
       write_block(value, indent + "  ", out);

@@ -134,7 +134,8 @@ std::string wrap(const std::string& text, size_t column, size_t indent, size_t w
   for (size_t i = 0; i < text.size();) {
     const size_t end = std::min(text.find(' ', i), text.size());
     if (!out.empty() && column + 1 + end - i > width) {
-      out += "\n" + std::string(indent, ' ');
+      out += '\n';
+      out.append(indent, ' ');
       column = indent;
     } else if (!out.empty()) {
       out += ' ';
@@ -148,11 +149,15 @@ std::string wrap(const std::string& text, size_t column, size_t indent, size_t w
 }
 
 std::string cell(std::string text) {
-  for (size_t i = 0; (i = text.find('|', i)) != std::string::npos; i += 2) text.insert(i, "\\");
+  for (size_t i = 0; (i = text.find('|', i)) != std::string::npos; i += 2) text.insert(i, 1, '\\');
   return text;
 }
 
-std::string code(const std::string& text) { return text.empty() ? "" : "`" + cell(text) + "`"; }
+std::string code(const std::string& text) {
+  std::string out = "`";
+  out += cell(text);
+  return text.empty() ? text : out + "`";
+}
 
 void flatten(const nlohmann::json& json, const std::string& path, std::map<std::string, std::string>& out) {
   if (!json.is_structured() || json.empty()) {
@@ -196,8 +201,9 @@ std::string help_text(const Type& type) {
       std::string line = "  " + entry.path;
       const auto go_to = [&](size_t column) {
         const size_t used = line.size() - (line.find_last_of('\n') + 1);
-        line +=
-            used + 2 > column && used > 0 ? "\n" + std::string(column, ' ') : std::string(column - used, ' ');
+        const bool next_line = used > 0 && used + 2 > column;
+        if (next_line) line += '\n';
+        line.append(next_line ? column : column - used, ' ');
       };
       go_to(value_column);
       line += wrap(value_of(entry), value_column, value_column, kWidth);

@@ -20,16 +20,16 @@ namespace hymoe {
 /// The values a field, or each element of a list, optional or map field, may take; empty parts allow
 /// everything.
 struct Limits {
-  std::optional<double> at_least, at_most, above, below;
-  std::vector<std::string> one_of;  // as format_scalar() writes them
+  std::optional<double> at_least, at_most, above, below = {};
+  std::vector<std::string> one_of = {};  // as format_scalar() writes them
 };
 
 struct Type;
 
 /// One field of a config struct without its C++ type.
 struct FieldInfo {
-  std::string name;
-  std::string help;
+  std::string name = {};
+  std::string help = {};
   const Type& (*type)() = nullptr;
   std::function<void*(void*)> member;  // address of the struct -> address of the field
   Limits limits;
@@ -45,7 +45,7 @@ struct Type {
   Kind kind;
   void (*with_default)(const Edit&);  // calls with a new value that has the type's defaults
 
-  std::vector<FieldInfo> fields;         // of a struct
+  std::vector<FieldInfo> fields = {};         // of a struct
   void (*check)(const void*) = nullptr;  // a struct's own check(), if it has one
 
   const Type* element = nullptr;  // of a list, an optional or a map, as are the functions below

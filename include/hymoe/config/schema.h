@@ -11,11 +11,11 @@ namespace hymoe {
 
 /// One documented key. In paths `<n>` stands for a list index and `<name>` for a map key.
 struct SchemaEntry {
-  std::string path;        // "moe.branches.<n>.router.top_k"
-  std::string type;        // "integer", "list of text", "mapping" (a struct; its fields follow), ...
-  std::string value;       // the default, as in YAML; empty for a struct
-  std::string constraint;  // "at least 1", or empty
-  std::string help;
+  std::string path = {};        // "moe.branches.<n>.router.top_k"
+  std::string type = {};        // "integer", "list of text", "mapping" (a struct; its fields follow), ...
+  std::string value = {};       // the default, as in YAML; empty for a struct
+  std::string constraint = {};  // "at least 1", or empty
+  std::string help = {};
 };
 
 namespace detail {
