@@ -46,16 +46,17 @@ log=.cache/logs/setup.log
 mkdir -p .cache/logs
 : >"$log"
 
-# step NAME COMMAND...: runs the command into the log, says how long it took; on failure shows the log's end.
+# step NAME COMMAND...: runs the command into the log, says how long it took; on failure shows the end of its output.
 step() {
-  local name=$1 start=$SECONDS status=0
+  local name=$1 start=$SECONDS status=0 before
   shift
   printf '  %-34s' "$name"
   printf '\n== %s: %s\n' "$name" "$*" >>"$log"
+  before=$(wc -c <"$log")
   "$@" >>"$log" 2>&1 || status=$?
   if ((status)); then
     printf 'failed\n'
-    tail -n 30 "$log" | sed 's/^/    | /' >&2
+    tail -c +$((before + 1)) "$log" | tail -n 30 | sed 's/^/    | /' >&2
     printf 'setup.sh: %s failed (exit %d); the whole output is in %s\n' "$name" "$status" "$PWD/$log" >&2
     exit 1
   fi

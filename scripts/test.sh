@@ -9,7 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ -x .venv/bin/cmake ]]; then PATH=$PWD/.venv/bin:$PATH; fi
 
 printf 'test: format (%s)\n' "$(.venv/bin/clang-format --version)"
-find include src kernels apps tests benchmarks \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
+mapfile -t trees < <(ls -d include src kernels apps tests benchmarks 2>/dev/null)
+find "${trees[@]}" \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
   xargs -0 .venv/bin/clang-format --dry-run -Werror ||
   { echo 'test.sh: the format is not that of .clang-format; .venv/bin/clang-format -i FILE... mends it' >&2 && exit 1; }
 
