@@ -1,7 +1,7 @@
 #pragma once
 
 #include <hymoe/config/fields.h>
-#include <hymoe/data/token_file.h>
+#include <hymoe/data/manifest.h>
 
 #include <cstdint>
 #include <functional>
@@ -12,11 +12,11 @@
 namespace hymoe {
 
 struct SourceConfig {
-  std::string path;
+  std::string path = {};
   std::string format = "auto";
-  std::string language;
+  std::string language = {};
   std::string text_field = "text";
-  std::string language_field;
+  std::string language_field = {};
 
   static auto fields() {
     return hymoe::fields(
@@ -65,13 +65,13 @@ struct FilterConfig {
 
 /// What `hymoe prepare` does.
 struct PrepareConfig {
-  std::string output;
-  std::string tokenizer;
-  std::vector<SourceConfig> sources;
-  std::vector<std::string> languages;
+  std::string output = {};
+  std::string tokenizer = {};
+  std::vector<SourceConfig> sources = {};
+  std::vector<std::string> languages = {};
   bool language_tags = true;
-  std::map<std::string, std::string> tags;
-  FilterConfig filters;
+  std::map<std::string, std::string> tags = {};
+  FilterConfig filters = {};
   std::string on_bad_text = "skip";
   bool remove_duplicates = true;
   double valid_share = 0.01;
