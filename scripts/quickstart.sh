@@ -25,8 +25,8 @@ fetch_corpus() {
 
 prepare() {
   title "prepare: tokenised, tagged, deduplicated, some held out"
-  if [[ -f $work/data/manifest.json ]]; then
-    echo "$work/data: there already"
+  if [[ -f $work/tokens/manifest.json ]]; then
+    echo "$work/tokens: there already"
   else
     "$hymoe" prepare configs/quickstart-data.yaml
   fi
