@@ -26,8 +26,8 @@ struct ModelConfig {
   bool tie_embeddings = true;
   std::vector<int64_t> moe_layers = {};  // indices of the layers whose FFN is `moe`
   MoEConfig moe = {};                    // its dim is the model's
-  std::vector<std::string> freeze = {};  // patterns (* = any text) of parameter names that training leaves alone
-  int64_t bos_token_id = -1;        // -1: none
+  std::vector<std::string> freeze = {};  // patterns of parameter names, * = any text
+  int64_t bos_token_id = -1;             // -1: none
   std::vector<int64_t> eos_token_ids = {};
 
   static auto fields() {

@@ -1,0 +1,69 @@
+#pragma once
+
+#include <chrono>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "hymoe/io/file.h"
+
+namespace CLI {
+class App;
+}
+
+namespace hymoe {
+
+// Each adds its command to the program; the command's callback does the work and throws what goes wrong.
+void add_config(CLI::App& program);
+void add_eval(CLI::App& program);
+void add_generate(CLI::App& program);
+void add_inspect(CLI::App& program);
+void add_prepare(CLI::App& program);
+void add_score(CLI::App& program);
+void add_tokenize(CLI::App& program);
+void add_train(CLI::App& program);
+void add_upcycle(CLI::App& program);
+
+// `[CONFIG] [key=value …]` of the commands that take a config.
+struct ConfigArguments {
+  std::string path;  // empty: all defaults
+  std::vector<std::string> overrides;
+
+  // Adds both to a command. With `required`, CONFIG must be given.
+  void add_to(CLI::App& command, bool required = true);
+};
+
+// Result lines of a command: into a file that appears when complete, or to standard output.
+class OutputFile {
+ public:
+  explicit OutputFile(const std::string& path);
+  void write(const nlohmann::ordered_json& record);
+  void close();
+
+ private:
+  std::optional<AtomicFile> file_;
+};
+
+// The "text" of an input record. Throws DataError naming `where`.
+std::string text_of(const nlohmann::json& record, const std::string& where);
+
+// A line that overwrites itself on a terminal; where standard error is none, a line now and then.
+class Progress {
+ public:
+  explicit Progress(bool enabled);
+  void show(const std::string& text);
+  void clear();
+
+ private:
+  bool enabled_, terminal_;
+  std::chrono::steady_clock::time_point last_{};
+};
+
+// "%.2f"-like text of a byte count: "1.25 GiB".
+std::string format_bytes(double bytes);
+// 135123456 -> "135.1M".
+std::string format_count(double count);
+
+}  // namespace hymoe

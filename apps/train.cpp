@@ -1,0 +1,79 @@
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <iostream>
+
+#include "commands.h"
+#include "hymoe/train/trainer.h"
+
+namespace hymoe {
+namespace {
+
+std::string clock_text(double seconds) {
+  std::array<char, 32> text{};
+  const auto s = static_cast<int64_t>(seconds);
+  std::snprintf(text.data(), text.size(), "%lld:%02lld:%02lld", static_cast<long long>(s / 3600),
+                static_cast<long long>(s / 60 % 60), static_cast<long long>(s % 60));
+  return text.data();
+}
+
+std::string step_text(const nlohmann::ordered_json& row, const TrainConfig& config) {
+  const auto step = row["step"].get<int64_t>();
+  const double speed = row["tokens_per_second"].get<double>();
+  const auto left = static_cast<double>((config.steps - step) * config.data.batch_size * config.data.seq_len);
+  std::array<char, 160> text{};
+  std::snprintf(text.data(), text.size(),
+                "step %lld/%lld  loss %.4f  aux %.4f  lr %.2e  norm %.2f  %.0f tokens/s  ETA %s",
+                static_cast<long long>(step), static_cast<long long>(config.steps),
+                row["lm_loss"].get<double>(), row["aux_loss"].get<double>(), row["lr"].get<double>(),
+                row["grad_norm"].get<double>(), speed, clock_text(left / speed).c_str());
+  return text.data();
+}
+
+std::string eval_text(const nlohmann::ordered_json& row) {
+  std::string text = "step " + row["step"].dump() + "  held-out loss:";
+  for (const auto& [key, value] : row.items()) {
+    if (!key.starts_with("loss/")) continue;
+    std::array<char, 64> part{};
+    std::snprintf(part.data(), part.size(), "  %s %.4f", key.c_str() + 5, value.get<double>());
+    text += part.data();
+  }
+  return text;
+}
+
+void stop(int) { Trainer::request_stop(); }
+
+}  // namespace
+
+void add_train(CLI::App& program) {
+  auto* command =
+      program.add_subcommand("train", "Train, fresh or from a checkpoint; continues a run that is there");
+  auto arguments = std::make_shared<ConfigArguments>();
+  auto json = std::make_shared<bool>(false);
+  auto quiet = std::make_shared<bool>(false);
+  arguments->add_to(*command);
+  command->add_flag("--json", *json, "print each row of metrics as JSON");
+  command->add_flag("--quiet", *quiet, "print nothing");
+  command->callback([=] {
+    const TrainConfig config = load_train_config(arguments->path, arguments->overrides);
+    Trainer trainer(config);
+    Progress progress(!*quiet && !*json);
+    std::signal(SIGINT, stop);
+    std::signal(SIGTERM, stop);
+    const TrainResult result = trainer.run([&](const nlohmann::ordered_json& row) {
+      if (*json) {
+        std::cout << row.dump() << std::endl;
+      } else if (row.contains("lm_loss")) {
+        progress.show(step_text(row, config));
+      } else if (!*quiet) {
+        progress.clear();
+        std::cout << eval_text(row) << std::endl;
+      }
+    });
+    progress.clear();
+    if (*quiet || *json) return;
+    std::cout << (result.finished ? "finished" : "stopped") << " after step " << result.step << ": "
+              << trainer.run_folder().string() << " (report.html shows the run)" << std::endl;
+  });
+}
+
+}  // namespace hymoe

@@ -1,0 +1,45 @@
+#include "hymoe/growth/upcycle.h"
+
+#include <CLI/CLI.hpp>
+#include <iostream>
+
+#include "commands.h"
+#include "hymoe/config/config.h"
+
+namespace hymoe {
+
+void add_upcycle(CLI::App& program) {
+  auto* command = program.add_subcommand(
+      "upcycle", "Turn a dense checkpoint into a hybrid MoE checkpoint, with a receipt");
+  auto source = std::make_shared<std::string>();
+  auto target = std::make_shared<std::string>();
+  auto arguments = std::make_shared<ConfigArguments>();
+  auto json = std::make_shared<bool>(false);
+  command->add_option("source", *source, "folder of the dense checkpoint, in Hugging Face's layout")
+      ->required();
+  command->add_option("target", *target, "folder to write")->required();
+  arguments->add_to(*command);
+  command->add_flag("--json", *json, "print the receipt as JSON");
+  command->callback([=] {
+    const auto config = load_config<UpcycleConfig>(arguments->path, arguments->overrides);
+    const UpcycleReceipt receipt = upcycle(*source, *target, config);
+    if (*json) {
+      std::cout << receipt.to_json().dump(2) << std::endl;
+      return;
+    }
+    std::printf("%s -> %s\n", source->c_str(), target->c_str());
+    std::printf("  MoE layers          %zu\n", receipt.moe_layers.size());
+    std::printf("  parameters          %s -> %s\n",
+                format_count(static_cast<double>(receipt.params_before)).c_str(),
+                format_count(static_cast<double>(receipt.params_after)).c_str());
+    std::printf("  active a token      %s -> %s\n",
+                format_count(static_cast<double>(receipt.active_params_before)).c_str(),
+                format_count(static_cast<double>(receipt.active_params_after)).c_str());
+    std::printf("  loss on the sample  %.6f -> %.6f nats a token (%lld tokens)\n", receipt.loss_before,
+                receipt.loss_after, static_cast<long long>(receipt.sample_tokens));
+    std::printf("  largest difference of a logit  %.3g\n", receipt.max_logit_difference);
+    std::printf("  frozen tensors      %zu, their hashes in receipt.json\n", receipt.frozen.size());
+  });
+}
+
+}  // namespace hymoe

@@ -1,0 +1,21 @@
+#pragma once
+
+/// Everything a program that uses hymoe needs; each part can be included alone.
+#include "hymoe/config/config.h"
+#include "hymoe/config/schema.h"
+#include "hymoe/config/version.h"
+#include "hymoe/data/batches.h"
+#include "hymoe/data/prepare.h"
+#include "hymoe/data/tokenizer.h"
+#include "hymoe/eval/generate.h"
+#include "hymoe/eval/score.h"
+#include "hymoe/growth/upcycle.h"
+#include "hymoe/model/freeze.h"
+#include "hymoe/model/language_loss.h"
+#include "hymoe/model/pretrained.h"
+#include "hymoe/model/transformer.h"
+#include "hymoe/moe/moe.h"
+#include "hymoe/train/checkpoint.h"
+#include "hymoe/train/optimizer.h"
+#include "hymoe/train/schedule.h"
+#include "hymoe/train/trainer.h"

@@ -1,0 +1,59 @@
+#include "hymoe/train/metrics.h"
+
+#include <cmath>
+
+#include "hymoe/config/error.h"
+#include "hymoe/io/file.h"
+
+namespace hymoe {
+namespace {
+
+std::filesystem::path without_rows_after(const std::filesystem::path& path, int64_t last_step) {
+  if (!std::filesystem::exists(path)) return path;
+  std::string kept;
+  LineReader lines(path);
+  for (std::string line; lines.next(line);) {
+    const auto row = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    // A killed writer may leave half a line: it is past the last checkpoint in any case.
+    if (row.is_object() && row.value("step", last_step + 1) <= last_step) kept += line + "\n";
+  }
+  write_file_atomic(path, kept);
+  return path;
+}
+
+}  // namespace
+
+LoadSummary summarize(const BranchLoad& load) {
+  const Tensor counts = load.rows_per_expert.to(at::kCPU, at::kDouble);
+  const double total = counts.sum().item<double>();
+  const auto experts = static_cast<double>(counts.numel());
+  LoadSummary summary;
+  summary.dead_experts = (counts == 0).sum().item<int64_t>();
+  if (total > 0) {
+    summary.load = counts.max().item<double>() * experts / total;
+    const Tensor share = counts / total;
+    const double nats = -at::xlogy(share, share).sum().item<double>();
+    summary.entropy = experts > 1 ? nats / std::log(experts) : 1.0;
+  }
+  const double rows = load.rows.item<double>();
+  summary.coverage = rows > 0 ? load.covered.item<double>() / rows : 0.0;
+  return summary;
+}
+
+std::string load_name(const LayerLoad& load) {
+  return "layers." + std::to_string(load.layer) + "." + load.load.name;
+}
+
+MetricsLog::MetricsLog(const std::filesystem::path& run_folder, int64_t last_step)
+    : lines_(without_rows_after(run_folder / "metrics.jsonl", last_step)), events_(run_folder) {}
+
+void MetricsLog::write(const nlohmann::ordered_json& row) {
+  lines_.write(row);
+  std::vector<std::pair<std::string, double>> scalars;
+  for (const auto& [key, value] : row.items()) {
+    if (value.is_number() && key != "step") scalars.emplace_back(key, value.get<double>());
+  }
+  events_.write(row.at("step").get<int64_t>(), scalars);
+}
+
+}  // namespace hymoe
