@@ -1,5 +1,5 @@
 # cmake -DBUILD=<hymoe's build> -DWORK=<folder> -DLIBTORCH=<folder> -DCXX=<compiler> -P run.cmake
-# Installs hymoe, builds this project against what was installed, and runs it.
+# Installs hymoe, builds this project against what was installed, and runs it and the installed program.
 function(run)
   execute_process(COMMAND ${ARGV} COMMAND_ECHO STDOUT COMMAND_ERROR_IS_FATAL ANY)
 endfunction()
@@ -10,4 +10,7 @@ run("${CMAKE_COMMAND}" -S "${CMAKE_CURRENT_LIST_DIR}" -B "${WORK}/build" -G Ninj
   "-DCMAKE_CXX_COMPILER=${CXX}" "-DCMAKE_PREFIX_PATH=${WORK}/prefix;${LIBTORCH}")
 run("${CMAKE_COMMAND}" --build "${WORK}/build")
 run("${WORK}/build/consumer")
+if(EXISTS "${WORK}/prefix/bin/hymoe")
+  run("${WORK}/prefix/bin/hymoe" --version)
+endif()
 file(REMOVE_RECURSE "${WORK}")
