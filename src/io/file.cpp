@@ -287,8 +287,9 @@ std::string sha256(std::string_view text) { return sha256(std::as_bytes(std::spa
 std::string sha256_file(const fs::path& path) { return sha256(MappedFile(path).bytes()); }
 
 int64_t free_bytes(const fs::path& path) {
+  std::error_code ignored;
   fs::path existing = fs::absolute(path);
-  while (!fs::exists(existing) && existing.has_relative_path()) existing = existing.parent_path();
+  while (!fs::exists(existing, ignored) && existing.has_relative_path()) existing = existing.parent_path();
   struct statvfs status;
   if (::statvfs(existing.c_str(), &status) != 0) fail(path, "cannot tell the free space");
   return static_cast<int64_t>(status.f_bavail) * static_cast<int64_t>(status.f_frsize);

@@ -33,6 +33,13 @@ std::string quoted(const std::string& name) {
   return name.size() > kLongest ? text + "..." : text;
 }
 
+bool is_there(const fs::path& path) {
+  std::error_code error;
+  const bool found = fs::exists(path, error);
+  if (error) throw DataError(path.string(), "cannot read: " + error.message());
+  return found;
+}
+
 /// JSON in which no object has a key twice and nothing lies deeper than `max_depth`. `what` names it in
 /// errors.
 json parse_strict(const fs::path& path, std::string_view text, const std::string& what, int max_depth) {
@@ -243,15 +250,16 @@ Tensor SafetensorsFile::tensor(const std::string& name) const {
 }
 
 SafetensorsFolder::SafetensorsFolder(const fs::path& path, std::string_view stem) : path_(path) {
-  if (!fs::is_directory(path)) {
+  std::error_code ignored;  // add_file() tells of a path that cannot be read
+  if (!fs::is_directory(path, ignored)) {
     add_file(path);
     return;
   }
   const std::string base(stem);
   const fs::path single = path / (base + ".safetensors");
   const fs::path index = path / (base + ".safetensors.index.json");
-  if (!fs::exists(index)) {
-    if (!fs::exists(single)) {
+  if (!is_there(index)) {
+    if (!is_there(single)) {
       throw DataError(path.string(),
                       "has neither " + single.filename().string() + " nor " + index.filename().string());
     }
@@ -277,13 +285,12 @@ SafetensorsFolder::SafetensorsFolder(const fs::path& path, std::string_view stem
     file_names.insert(file);
   }
   if (weight_map.empty()) throw DataError(index.string(), "weight_map is empty");
-  if (fs::exists(single) && !file_names.contains(single.filename().string())) {
+  if (is_there(single) && !file_names.contains(single.filename().string())) {
     throw DataError(path.string(),
                     "holds both " + single.filename().string() + " and an index of other files");
   }
   for (const std::string& name : file_names) {
-    if (!fs::exists(path / name))
-      throw DataError(index.string(), "lists " + quoted(name) + ", which is missing");
+    if (!is_there(path / name)) throw DataError(index.string(), "lists " + quoted(name) + ", which is missing");
     add_file(path / name);
   }
   check_index(index, weight_map);

@@ -21,7 +21,7 @@ using at::Tensor;
 /// What a safetensors header says of one tensor.
 struct TensorInfo {
   at::ScalarType dtype;
-  std::vector<int64_t> shape;
+  std::vector<int64_t> shape = {};
   int64_t begin;  // offset of the first byte in the file
   int64_t end;    // one past the last
 };
@@ -84,9 +84,9 @@ using NamedTensors = std::vector<std::pair<std::string, Tensor>>;
 
 /// A file just written: its name within the folder, bytes, and SHA-256 in hexadecimal digits.
 struct WrittenFile {
-  std::string name;
+  std::string name = {};
   int64_t size;
-  std::string sha256;
+  std::string sha256 = {};
 };
 
 /// Writes a safetensors file atomically, one tensor at a time (tensors on a device or not contiguous are
