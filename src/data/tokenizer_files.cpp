@@ -1,0 +1,219 @@
+#include <algorithm>
+#include <charconv>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "data/json_node.h"
+#include "data/tokenizer_spec.h"
+
+namespace hymoe {
+namespace {
+
+constexpr int64_t kMaxId = int64_t{1} << 24;
+
+constexpr std::string_view kQwenPattern =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+
+// Calls `use` with each line, without its end, and its number.
+template <typename Use>
+void for_each_line(std::string_view text, const Use& use) {
+  int64_t number = 0;
+  while (!text.empty()) {
+    const size_t end = std::min(text.find('\n'), text.size());
+    std::string_view line = text.substr(0, end);
+    text.remove_prefix(std::min(end + 1, text.size()));
+    if (line.ends_with('\r')) line.remove_suffix(1);
+    use(line, ++number);
+  }
+}
+
+std::optional<std::string> decode_base64(std::string_view text) {
+  static constexpr std::string_view kDigits =
+      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string_view digits = text;
+  while (digits.ends_with('=')) digits.remove_suffix(1);
+  if (digits.empty() || text.size() % 4 != 0 || text.size() - digits.size() > 2) return std::nullopt;
+  std::string bytes;
+  uint32_t bits = 0;
+  int count = 0;
+  for (const char c : digits) {
+    const size_t value = kDigits.find(c);
+    if (value == std::string_view::npos) return std::nullopt;
+    bits = bits << 6 | static_cast<uint32_t>(value);
+    count += 6;
+    if (count >= 8) bytes += static_cast<char>(bits >> (count -= 8));
+  }
+  return bytes;
+}
+
+// The two parts that byte pair encoding by ranks, of all tokens before `token`, leaves of it; how many parts
+// it leaves otherwise.
+size_t split_by_ranks(std::string_view token, int64_t rank,
+                      const std::unordered_map<std::string_view, int64_t>& ranks, size_t& cut) {
+  std::vector<size_t> starts(token.size() + 1);
+  for (size_t i = 0; i < starts.size(); ++i) starts[i] = i;
+  while (starts.size() > 3) {
+    size_t best = 0;
+    int64_t lowest = rank;
+    for (size_t i = 0; i + 2 < starts.size(); ++i) {
+      const auto found = ranks.find(token.substr(starts[i], starts[i + 2] - starts[i]));
+      if (found != ranks.end() && found->second < lowest) {
+        lowest = found->second;
+        best = i;
+      }
+    }
+    if (lowest == rank) break;
+    starts.erase(starts.begin() + static_cast<std::ptrdiff_t>(best) + 1);
+  }
+  cut = starts[1];
+  return starts.size() - 1;
+}
+
+}  // namespace
+
+void VocabularyBuilder::fail(const std::string& where, const std::string& text) const {
+  throw DataError(file_, where.empty() ? text : where + ": " + text);
+}
+
+void VocabularyBuilder::add_token(const std::string& token, int64_t id, const std::string& where) {
+  if (id < 0 || id >= kMaxId) {
+    fail(where, "id of \"" + token + "\": wanted 0 to " + std::to_string(kMaxId - 1) + ", got " +
+                    std::to_string(id));
+  }
+  if (token.empty()) fail(where, "id " + std::to_string(id) + " is given to an empty token");
+  if (spec_.vocabulary.size() <= static_cast<size_t>(id))
+    spec_.vocabulary.resize(static_cast<size_t>(id) + 1);
+  std::string& slot = spec_.vocabulary[static_cast<size_t>(id)];
+  if (!slot.empty()) {
+    fail(where, "id " + std::to_string(id) + " is given to both \"" + slot + "\" and \"" + token + "\"");
+  }
+  if (!ids_.emplace(token, static_cast<int32_t>(id)).second) fail(where, "\"" + token + "\" comes twice");
+  slot = token;
+}
+
+std::optional<int32_t> VocabularyBuilder::find(const std::string& token) const {
+  const auto found = ids_.find(token);
+  if (found == ids_.end()) return std::nullopt;
+  return found->second;
+}
+
+int32_t VocabularyBuilder::need(const std::string& token, const std::string& where) const {
+  const std::optional<int32_t> id = find(token);
+  if (!id) fail(where, "\"" + token + "\" is not in the vocabulary");
+  return *id;
+}
+
+void VocabularyBuilder::add_merge(const std::string& left, const std::string& right,
+                                  const std::string& where) {
+  spec_.merges.push_back({need(left, where), need(right, where), need(left + right, where)});
+}
+
+void VocabularyBuilder::add_merge(std::string_view line, const std::string& where) {
+  const size_t space = line.find(' ');
+  if (space == std::string_view::npos || line.find(' ', space + 1) != std::string_view::npos) {
+    fail(where, "wanted two tokens with a space between, got \"" + std::string(line) + "\"");
+  }
+  add_merge(std::string(line.substr(0, space)), std::string(line.substr(space + 1)), where);
+}
+
+void VocabularyBuilder::add_added_token(AddedToken token, const std::string& where) {
+  const auto quoted = "\"" + token.content + "\"";
+  if (token.id < 0 || token.id >= kMaxId) fail(where, "id of " + quoted + " is " + std::to_string(token.id));
+  const std::optional<int32_t> in_model = find(token.content);
+  if (in_model && *in_model != token.id) {
+    fail(where, quoted + " has id " + std::to_string(token.id) + " here and " + std::to_string(*in_model) +
+                    " in the vocabulary");
+  }
+  const auto slot = static_cast<size_t>(token.id);
+  if (!in_model && slot < spec_.vocabulary.size() && !spec_.vocabulary[slot].empty()) {
+    fail(where, "id " + std::to_string(token.id) + " is given to both \"" + spec_.vocabulary[slot] +
+                    "\" and " + quoted);
+  }
+  for (const AddedToken& other : spec_.added) {
+    if (other.content == token.content || other.id == token.id) {
+      fail(where, quoted + " with id " + std::to_string(token.id) + " repeats \"" + other.content +
+                      "\" with id " + std::to_string(other.id));
+    }
+  }
+  spec_.added.push_back(std::move(token));
+}
+
+TokenizerSpec read_gpt2_files(const std::filesystem::path& vocab, const std::filesystem::path& merges) {
+  const nlohmann::json tokens = read_json(vocab);
+  if (!tokens.is_object()) throw DataError(vocab.string(), "wanted an object of tokens and ids");
+  TokenizerSpec spec;
+  VocabularyBuilder builder(vocab.string(), spec);
+  for (const auto& [token, id] : tokens.items()) {
+    if (!id.is_number_integer()) throw DataError(vocab.string(), "id of \"" + token + "\" is no integer");
+    builder.add_token(token, id.get<int64_t>(), "");
+  }
+  const std::string text = read_text(merges);
+  for_each_line(text, [&](std::string_view line, int64_t number) {
+    if (line.starts_with("#version") || line.empty()) return;
+    try {
+      builder.add_merge(line, "");
+    } catch (const DataError& e) {
+      const std::string what = e.what();
+      throw DataError(merges.string() + ":" + std::to_string(number), what.substr(what.find(": ") + 2));
+    }
+  });
+  spec.splits.push_back(SplitStep::regex(kGpt2Pattern));
+  if (const auto id = builder.find("<|endoftext|>")) {
+    builder.add_added_token({.id = *id, .content = "<|endoftext|>", .special = true}, "");
+  }
+  return spec;
+}
+
+TokenizerSpec read_tiktoken(const std::filesystem::path& file) {
+  TokenizerSpec spec;
+  VocabularyBuilder builder(file.string(), spec);
+  const std::string text = read_text(file);
+  std::vector<std::string> tokens;
+  for_each_line(text, [&](std::string_view line, int64_t number) {
+    const std::string where = file.string() + ":" + std::to_string(number);
+    const size_t space = std::min(line.find(' '), line.size());
+    const std::optional<std::string> bytes = decode_base64(line.substr(0, space));
+    const std::string_view digits = line.substr(std::min(space + 1, line.size()));
+    int64_t rank = -1;
+    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), rank);
+    if (!bytes || error != std::errc() || end != digits.data() + digits.size()) {
+      throw DataError(where, "wanted a token in base64, a space and its rank");
+    }
+    if (rank != static_cast<int64_t>(tokens.size())) {
+      throw DataError(where,
+                      "wanted rank " + std::to_string(tokens.size()) + ", got " + std::to_string(rank));
+    }
+    builder.add_token(characters_of_bytes(*bytes), rank, "");
+    tokens.push_back(*bytes);
+  });
+  std::unordered_map<std::string_view, int64_t> ranks;
+  for (size_t rank = 0; rank < tokens.size(); ++rank) ranks.emplace(tokens[rank], rank);
+  for (int byte = 0; byte < 256; ++byte) {
+    if (!ranks.contains(std::string(1, static_cast<char>(byte)))) {
+      throw DataError(file.string(), "byte " + std::to_string(byte) + " has no rank");
+    }
+  }
+  for (size_t rank = 0; rank < tokens.size(); ++rank) {
+    const std::string_view token = tokens[rank];
+    if (token.size() == 1) continue;
+    size_t cut = 0;
+    if (const size_t parts = split_by_ranks(token, static_cast<int64_t>(rank), ranks, cut); parts != 2) {
+      throw DataError(file.string(), "rank " + std::to_string(rank) + ": the lower ranks leave " +
+                                         std::to_string(parts) + " parts of this token, wanted 2");
+    }
+    spec.merges.push_back({static_cast<int32_t>(ranks.at(token.substr(0, cut))),
+                           static_cast<int32_t>(ranks.at(token.substr(cut))), static_cast<int32_t>(rank)});
+  }
+  spec.nfc = true;
+  spec.splits.push_back(SplitStep::regex(kQwenPattern));
+  auto id = static_cast<int32_t>(tokens.size());
+  for (const char* content : {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}) {
+    builder.add_added_token({.id = id++, .content = content, .special = true}, "");
+  }
+  return spec;
+}
+
+}  // namespace hymoe
