@@ -1,0 +1,282 @@
+"""Runs the hymoe program on small inputs: every command, its errors, and what a killed run leaves. Python's library alone.
+
+Usage: program_test.py HYMOE CONFIGS [unittest arguments]
+"""
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+HYMOE, CONFIGS = os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2])
+
+
+def run(*args, stdin="", **kwargs):
+    return subprocess.run([HYMOE, *map(str, args)], input=stdin, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def write(path, text):
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "w") as f:
+        f.write(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def byte_tokenizer():
+    """tokenizer.json with one token a byte, by GPT-2's map of bytes to characters."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    vocab = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)} | {"<|endoftext|>": 256}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": 256, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
+           "normalized": False, "special": True}
+    return {"version": "1.0", "added_tokens": [end], "normalizer": None, "pre_tokenizer": level, "post_processor": None,
+            "decoder": level, "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+
+
+MODEL = """
+model: {vocab_size: 257, dim: 16, num_layers: 2, num_heads: 2, num_kv_heads: 1, hidden: 24, max_seq_len: 128%s}
+data: {path: %s, seq_len: 32, batch_size: 4}
+runs: %s
+schedule: {lr: 0.01, warmup_steps: 2}
+eval: {tokens: 128, batch_size: 4}
+threads: 1
+"""
+MOE = """, moe_layers: [1],
+  moe: {shared: {hidden: 24}, branches: [
+    {name: token, num_experts: 4, hidden: 24, router: {top_k: 1, shared: inside}},
+    {name: segment, num_experts: 3, hidden: 24, router: {kind: segment, segment_len: 8, threshold_decay: 0.5}}]}"""
+
+
+class Program(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.dir = tempfile.mkdtemp(prefix="hymoe_program_")
+        os.chdir(cls.dir)
+        write("tokenizer/tokenizer.json", byte_tokenizer())
+        for i in range(200):
+            n = i * 7919 % 997
+            write(f"code/f{i}.rs", f"fn add_{n}(value: u64) -> u64 {{\n    value + {n}\n}}\n")
+            write(f"code/f{i}.rb", f"def add_{n}(value)\n  value + {n}\nend\n")
+        write("prepare.yaml", "output: tokens\ntokenizer: tokenizer\nsources: [{path: code}]\nvalid_share: 0.1\n")
+        cls.ok("prepare", "prepare.yaml")
+        write("dense.yaml", MODEL % ("", "tokens", "runs") + "name: dense\nsteps: 30\n")
+        write("moe.yaml", MODEL % (MOE, "tokens", "runs") + "name: moe\nsteps: 40\ncheckpoint: {interval: 4, keep: 2}\n")
+        cls.ok("train", "dense.yaml")
+        cls.dense = os.path.join("runs/dense", open("runs/dense/latest").read().strip())
+        write("upcycle.yaml", "moe: {shared: {hidden: 24}, branches: [\n"
+              "  {name: token, num_experts: 4, hidden: 24, router: {top_k: 1, shared: inside}},\n"
+              "  {name: segment, num_experts: 3, hidden: 24, router: {kind: segment, segment_len: 8}}]}\n"
+              "sample: tokens\nsample_seq_len: 32\nfreeze: ['*.shared_expert.*']\n")
+        cls.ok("upcycle", cls.dense, "hybrid", "upcycle.yaml")
+
+    @classmethod
+    def tearDownClass(cls):
+        os.chdir("/")
+        shutil.rmtree(cls.dir)
+
+    @classmethod
+    def ok(cls, *args, **kwargs):
+        result = run(*args, **kwargs)
+        assert result.returncode == 0, f"{args}: exit {result.returncode}: {result.stderr}"
+        return result.stdout
+
+    def error(self, *args, exit_code=1, **kwargs):
+        """The one line that a wrong call prints."""
+        result = run(*args, **kwargs)
+        self.assertEqual(result.returncode, exit_code, result.stderr)
+        lines = [line for line in result.stderr.splitlines() if line]
+        self.assertEqual(len(lines), 1, result.stderr)
+        self.assertTrue(lines[0].startswith("hymoe: "), lines[0])
+        return lines[0]
+
+    def test_upcycling_writes_a_receipt_of_an_unchanged_model(self):
+        receipt = json.load(open("hybrid/receipt.json"))
+        self.assertLess(receipt["max_logit_difference"], 1e-3)
+        self.assertEqual(len(receipt["frozen"]), 2 * 3)
+
+    def test_score_gives_losses_and_logits(self):
+        write("texts.jsonl", '{"text": "fn add_12(value: u64)"}\n{"text": "é"}\n')
+        for model in (self.dense, "hybrid"):
+            rows = [json.loads(line) for line in self.ok("score", model, "--input", "texts.jsonl", "--logits", "l.safetensors").splitlines()]
+            self.assertEqual([row["tokens"] for row in rows], [21, 2])
+            self.assertEqual([row["bytes"] for row in rows], [21, 2])
+            self.assertAlmostEqual(rows[0]["bits_per_byte"], rows[0]["loss"] * 20 / 21 / 0.693147180559945, 6)
+            with open("l.safetensors", "rb") as f:
+                header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+            self.assertEqual(header["logits.0"]["shape"], [21, 257])
+            self.assertEqual(header["logits.1"]["dtype"], "F32")
+
+    def test_tokenize_round_trips_bytes(self):
+        write("texts.jsonl", '{"text": "a\\u00e9\\n"}\n')
+        self.assertEqual(json.loads(self.ok("tokenize", "tokenizer", "--input", "texts.jsonl")), {"ids": [97, 195, 169, 10]})
+        self.ok("tokenize", "tokenizer/tokenizer.json", "--input", "texts.jsonl", "--output", "ids.jsonl")
+        self.assertEqual(json.load(open("ids.jsonl")), {"ids": [97, 195, 169, 10]})
+
+    def test_generate_is_deterministic_and_reads_prompts_from_three_places(self):
+        text = self.ok("generate", "hybrid", "--prompt", "fn add", "--max-new-tokens", "8")
+        self.assertTrue(text.startswith("fn add"))
+        write("prompt.txt", "fn add")
+        self.assertEqual(text, self.ok("generate", "hybrid", "--prompt-file", "prompt.txt", "--max-new-tokens", "8"))
+        self.assertEqual(text, self.ok("generate", "hybrid", "--max-new-tokens", "8", stdin="fn add"))
+        sampled = [self.ok("generate", "hybrid", "--prompt", "fn", "--temperature", "1", "--seed", "7", "--json") for _ in range(2)]
+        self.assertEqual(sampled[0], sampled[1])
+
+    def test_eval_prints_a_row_a_language(self):
+        rows = [json.loads(l) for l in self.ok("eval", write("eval.yaml", "data: tokens\nseq_len: 32\n"), "checkpoint=hybrid", "--json").splitlines()]
+        self.assertEqual([row["language"] for row in rows], ["ruby", "rust"])
+        self.assertTrue(all(0 < row["loss"] < 5 for row in rows))
+
+    def test_inspect_tells_what_is_there(self):
+        self.assertEqual(json.loads(self.ok("inspect", "tokens", "--json"))["kind"], "prepared corpus")
+        self.assertEqual(json.loads(self.ok("inspect", "runs/dense", "--json"))["checkpoint"]["step"], 30)
+        self.assertEqual(json.loads(self.ok("inspect", "hybrid", "--json"))["moe_layers"], [0, 1])
+        self.assertIn("moe_layers: [0,1]", self.ok("inspect", "hybrid"))
+
+    def test_config_prints_schema_resolved_configs_and_differences(self):
+        self.assertIn("warmup_steps", self.ok("config", "train"))
+        resolved = self.ok("config", "train", "dense.yaml")
+        write("resolved.yaml", resolved)
+        self.assertEqual(resolved, self.ok("config", "train", "resolved.yaml"))
+        self.assertEqual(self.ok("config", "train", "dense.yaml", "steps=7", "--diff", "dense.yaml"), "steps: 7 → 30\n")
+
+    def test_every_config_file_loads_round_trips_and_trains(self):  # law 10
+        files = sorted(os.listdir(CONFIGS))
+        self.assertGreater(len(files), 3)
+        small = ["init=" + self.dense, "data.path=tokens", "data.weights={rust: 1, ruby: 1}", "data.seq_len=32", "runs=runs",
+                 "steps=2", "eval.tokens=64"]
+        for name in files:
+            path = os.path.join(CONFIGS, name)
+            kind = re.match(r"#.*\n#? ?hymoe (\w+)|", open(path).read()).group(1)
+            kind = next((k for k in ("data", "upcycle", "eval") if name.endswith(f"-{k}.yaml")), "train").replace("data", "prepare")
+            extra = ["init=" + self.dense] if kind == "train" else []
+            resolved = self.ok("config", kind, path, *extra)
+            self.assertEqual(resolved, self.ok("config", kind, write("resolved.yaml", resolved)), name)
+            if kind == "train":
+                self.ok("train", path, *small, "name=law10-" + name)
+            if kind == "upcycle":
+                hidden = [f"moe.branches.{i}.hidden=24" for i in range(2)] + ["moe.shared.hidden=24"]
+                self.ok("upcycle", self.dense, "law10", path, "sample=tokens", "sample_seq_len=32", "every=1", "offset=0", *hidden)
+                self.ok("train", "dense.yaml", "init=law10", "name=law10-" + name, "steps=2", "model.moe_layers=[0, 1]")
+
+    def test_wrong_input_is_one_line_that_names_it(self):
+        typo = write("typo.yaml", "data: {path: tokens}\nschedule:\n  lr: 1\n  warmup_step: 3\n")
+        self.assertIn("typo.yaml:4: schedule.warmup_step: unknown key, did you mean warmup_steps?", self.error("train", typo))
+        self.assertIn("command line: steps:", self.error("train", "dense.yaml", "steps=many"))
+        self.assertIn("schedule.lr", self.error("train", "dense.yaml", "schedule.lr=-1"))
+        self.assertIn("nowhere.yaml", self.error("train", "nowhere.yaml"))
+        self.assertIn("nowhere", self.error("train", "dense.yaml", "name=x", "data.path=nowhere"))
+        self.assertIn("nowhere", self.error("score", "nowhere", "--input", "texts.jsonl"))
+        self.assertIn("/proc", self.error("train", "dense.yaml", "runs=/proc/runs"))
+        self.assertIn("vocab_size", self.error("train", "dense.yaml", "name=x", "model.vocab_size=200"))
+        write("bad.jsonl", '{"text": "a"}\n{"txt": "b"}\n')
+        self.assertIn("bad.jsonl:2", self.error("score", self.dense, "--input", "bad.jsonl"))
+        with open("bad.jsonl", "wb") as f:
+            f.write(b'{"text": "\xff\xfe"}\n')
+        self.assertIn("bad.jsonl:1", self.error("tokenize", "tokenizer", "--input", "bad.jsonl"))
+        write("empty/x.rs", "")
+        self.assertIn("empty", self.error("prepare", "prepare.yaml", "output=none", "sources=[{path: empty}]"))
+        with open(os.path.join("empty", "x.rs"), "wb") as f:
+            f.write(b"\x00\x01\x02" * 50)
+        self.assertIn("x.rs", self.error("prepare", "prepare.yaml", "output=none", "sources=[{path: empty}]", "on_bad_text=error"))
+        self.error("frobnicate", exit_code=2)
+        self.error("score", exit_code=2)
+
+    def test_checkpoints_that_lie_are_refused(self):
+        def spoiled(change):
+            shutil.rmtree("spoiled", ignore_errors=True)
+            shutil.copytree("hybrid", "spoiled")
+            change("spoiled/model.safetensors")
+            return self.error("score", "spoiled", "--input", write("t.jsonl", '{"text": "ab"}\n'))
+
+        def edit_header(edit):
+            def change(path):
+                with open(path, "rb") as f:
+                    header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+                    body = f.read()
+                edit(header)
+                text = json.dumps(header).encode()
+                with open(path, "wb") as f:
+                    f.write(struct.pack("<Q", len(text)) + text + body)
+            return change
+
+        name = "model.layers.0.mlp.token.experts.down_proj"
+        self.assertIn("model.safetensors", spoiled(lambda p: os.truncate(p, os.path.getsize(p) - 100)))
+        self.assertIn("model.safetensors", spoiled(lambda p: os.truncate(p, 4)))
+        self.assertIn(name, spoiled(edit_header(lambda h: h.__setitem__(name + "s", h.pop(name)))))
+        self.assertIn(name, spoiled(edit_header(lambda h: h[name]["shape"].reverse())))
+        self.assertIn(name, spoiled(edit_header(lambda h: h[name].__setitem__("dtype", "F99"))))
+
+    def test_token_files_of_another_tokenizer_are_refused(self):
+        other = byte_tokenizer()
+        other["model"]["vocab"]["ab"] = 257
+        other["model"]["merges"] = ["a b"]
+        write("other/tokenizer.json", other)
+        self.assertIn("tokenizer", self.error("train", "dense.yaml", "name=x", "tokenizer=other"))
+
+    def test_sigterm_ends_with_a_checkpoint_and_exit_0(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            shutil.rmtree("runs/signal", ignore_errors=True)
+            process = subprocess.Popen([HYMOE, "train", "moe.yaml", "name=signal", "steps=100000", "checkpoint.interval=0"],
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while not os.path.exists("runs/signal/metrics.jsonl") or '"lm_loss"' not in open("runs/signal/metrics.jsonl").read():
+                time.sleep(0.05)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 0, err)
+            self.assertIn("stopped after step", out)
+            self.assertTrue(os.path.exists("runs/signal/latest"))
+
+    def test_a_full_disk_leaves_earlier_checkpoints(self):
+        self.ok("train", "moe.yaml", "name=full", "steps=4")
+        def limit():  # writes past 64 KiB fail, as they do on a full disk
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        line = self.error("train", "moe.yaml", "name=full", "steps=8", preexec_fn=limit)
+        self.assertIn("step-00000008", line)
+        self.assertEqual(open("runs/full/latest").read(), "step-00000004\n")
+        self.assertEqual([d for d in os.listdir("runs/full") if d.startswith("step")], ["step-00000004"])
+        self.ok("inspect", "runs/full")
+
+    def test_fifty_kills_change_nothing(self):  # law 8
+        self.ok("train", "moe.yaml", "name=unbroken")
+        rng = random.Random(1)
+        kills = 0
+        while kills < 50:
+            process = subprocess.Popen([HYMOE, "train", "moe.yaml", "name=killed"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            try:
+                process.wait(timeout=rng.uniform(0.1, 1.5))
+                self.assertEqual(process.returncode, 0, process.stderr.read())
+                # Finished before the kill: the last steps are taken back, so that the next sitting has work to lose.
+                kept = sorted(d for d in os.listdir("runs/killed") if re.fullmatch(r"step-\d+", d))
+                if len(kept) > 1:
+                    write("runs/killed/latest", kept[0] + "\n")
+                    shutil.rmtree(os.path.join("runs/killed", kept[1]))
+                else:
+                    shutil.rmtree("runs/killed")
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+            process.stderr.close()
+        self.ok("train", "moe.yaml", "name=killed")
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            paths = [os.path.join("runs", r, "step-00000040", name) for r in ("unbroken", "killed")]
+            self.assertEqual(open(paths[0], "rb").read(), open(paths[1], "rb").read(), name)
+        losses = [[(row["step"], row.get("lm_loss"), row.get("loss/rust")) for row in map(json.loads, open(f"runs/{r}/metrics.jsonl"))]
+                  for r in ("unbroken", "killed")]
+        self.assertEqual(losses[0], losses[1])
+        left = [n for n in os.listdir("runs/killed") if "tmp" in n]
+        self.assertEqual(left, [])
+
+
+if __name__ == "__main__":
+    unittest.main(argv=["program_test.py", *sys.argv[3:]])

@@ -1,0 +1,67 @@
+#include "hymoe/train/metrics.h"
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+
+#include "hymoe/io/file.h"
+#include "hymoe/train/report.h"
+#include "tiny.h"
+
+namespace hymoe {
+namespace {
+
+BranchLoad load_of(const std::vector<int64_t>& counts, int64_t covered, int64_t rows) {
+  return {.name = "token",
+          .rows_per_expert = at::tensor(counts),
+          .covered = at::scalar_tensor(covered, at::kLong),
+          .rows = at::scalar_tensor(rows, at::kLong)};
+}
+
+TEST(LoadSummary, OfEvenUnevenAndEmptyLoads) {
+  const LoadSummary even = summarize(load_of({5, 5, 5, 5}, 20, 20));
+  EXPECT_DOUBLE_EQ(even.load, 1);
+  EXPECT_NEAR(even.entropy, 1, 1e-12);
+  EXPECT_EQ(even.dead_experts, 0);
+  EXPECT_DOUBLE_EQ(even.coverage, 1);
+  const LoadSummary one = summarize(load_of({12, 0, 0, 0}, 12, 16));
+  EXPECT_DOUBLE_EQ(one.load, 4);
+  EXPECT_DOUBLE_EQ(one.entropy, 0);
+  EXPECT_EQ(one.dead_experts, 3);
+  EXPECT_DOUBLE_EQ(one.coverage, 0.75);
+  const LoadSummary none = summarize(load_of({0, 0}, 0, 16));
+  EXPECT_DOUBLE_EQ(none.load, 0);
+  EXPECT_DOUBLE_EQ(none.entropy, 0);
+  EXPECT_EQ(none.dead_experts, 2);
+}
+
+TEST(MetricsLog, DropsRowsThatAResumedRunWillLogAgain) {
+  tiny::Folder folder("metrics_");
+  {
+    MetricsLog log(folder.path, -1);
+    for (int step = 1; step <= 4; ++step) log.write({{"step", step}, {"lm_loss", 1.0 / step}});
+  }
+  std::ofstream(folder.path / "metrics.jsonl", std::ios::app) << "{\"step\":5,\"lm_";  // killed while writing
+  MetricsLog log(folder.path, 2);
+  log.write({{"step", 3}, {"lm_loss", 7.0}});
+  EXPECT_EQ(read_text(folder.path / "metrics.jsonl"),
+            "{\"step\":1,\"lm_loss\":1.0}\n{\"step\":2,\"lm_loss\":0.5}\n{\"step\":3,\"lm_loss\":7.0}\n");
+}
+
+TEST(Report, IsOnePageWithAllRowsThatNothingInThemCanBreak) {
+  tiny::Folder folder("report_");
+  std::ofstream(folder.path / "metrics.jsonl") << R"({"step":0,"loss/rust":2.5})"
+                                                  "\n"
+                                               << R"({"step":1,"lm_loss":2.4,"note":"</script><b>"})"
+                                                  "\n";
+  write_report(folder.path);
+  const std::string page = read_text(folder.path / "report.html");
+  EXPECT_NE(page.find("\"loss/rust\":2.5"), std::string::npos);
+  EXPECT_EQ(page.find("</script><b>"), std::string::npos);
+  EXPECT_EQ(page.find("http://"),
+            page.find("http://www.w3.org/2000/svg"));  // a name, not an address that is loaded
+  EXPECT_EQ(page.find("https://"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace hymoe

@@ -1,0 +1,252 @@
+#include "hymoe/train/trainer.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "hymoe/config/config.h"
+#include "hymoe/io/file.h"
+#include "hymoe/io/jsonl.h"
+#include "hymoe/io/safetensors.h"
+#include "hymoe/model/pretrained.h"
+#include "hymoe/train/checkpoint.h"
+#include "tiny.h"
+
+namespace hymoe {
+namespace {
+
+namespace fs = std::filesystem;
+
+class TrainerTest : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    shared = new tiny::Folder("trainer_");
+    tiny::write_tokenizer(shared->path / "tokenizer");
+    tiny::write_corpus(shared->path, shared->path / "tokenizer");
+  }
+  static void TearDownTestSuite() { delete shared; }
+
+  TrainConfig config(const std::string& name) const {
+    TrainConfig config;
+    config.name = name;
+    config.runs = runs.path;
+    config.model = tiny::dense_config();
+    config.model.moe = tiny::hybrid_moe();
+    config.model.moe.branches[1].router.threshold_decay = 0.5;
+    config.model.moe_layers = {1};
+    config.data.path = shared->path / "tokens";
+    config.data.seq_len = 32;
+    config.data.batch_size = 4;
+    config.steps = 12;
+    config.schedule = {.lr = 1e-2, .warmup_steps = 2, .min_ratio = 0.1};
+    config.eval = {.interval = 0, .tokens = 256, .batch_size = 4};
+    config.checkpoint = {.interval = 0, .keep = 0};
+    return config;
+  }
+  fs::path checkpoint(const std::string& name) const { return *latest_checkpoint(runs.path / name); }
+  std::vector<nlohmann::json> rows(const std::string& name) const {
+    std::vector<nlohmann::json> all;
+    JsonLines lines(runs.path / name / "metrics.jsonl");
+    for (nlohmann::json row; lines.next(row);) all.push_back(row);
+    return all;
+  }
+  std::string hash(const fs::path& checkpoint) const {
+    return sha256_file(checkpoint / "model.safetensors") + sha256_file(checkpoint / "optimizer.safetensors");
+  }
+
+  static tiny::Folder* shared;
+  tiny::Folder runs{"runs_"};
+};
+tiny::Folder* TrainerTest::shared = nullptr;
+
+TEST_F(TrainerTest, LearnsAndWritesTheRunFolder) {
+  TrainConfig config = this->config("learn");
+  config.steps = 60;
+  const TrainResult result = Trainer(config).run();
+  EXPECT_TRUE(result.finished);
+  EXPECT_EQ(result.step, 60);
+  const auto rows = this->rows("learn");
+  EXPECT_EQ(rows.size(), 62u);  // evaluations before and after
+  EXPECT_LT(rows.back()["loss/rust"].get<double>(), 0.6 * rows.front()["loss/rust"].get<double>());
+  for (const char* key :
+       {"step", "tokens", "loss", "lm_loss", "aux_loss", "lr", "grad_norm", "tokens_per_second", "tflops",
+        "peak_memory", "load/layers.1.token", "entropy/layers.1.segment", "dead_experts/layers.1.token",
+        "coverage/layers.1.segment"}) {
+    EXPECT_TRUE(rows[1].contains(key)) << key;
+  }
+  EXPECT_EQ(rows[60]["tokens"], 60 * 4 * 32);
+  for (const char* file : {"config.yaml", "metrics.jsonl", "report.html", "latest"}) {
+    EXPECT_TRUE(fs::exists(runs.path / "learn" / file)) << file;
+  }
+  EXPECT_EQ(checkpoint("learn").filename(), "step-00000060");
+  EXPECT_EQ(load_pretrained(checkpoint("learn"))->num_params(), Transformer(config.model)->num_params());
+}
+
+TEST_F(TrainerTest, ResumedRunEqualsUnbrokenOneBitForBit) {  // law 8
+  TrainConfig config = this->config("unbroken");
+  Trainer(config).run();
+  config.name = "broken";
+  config.steps = 5;
+  config.schedule.min_ratio = 1;  // the schedule must not depend on where a sitting ends
+  Trainer(config).run();
+  config.steps = 12;
+  Trainer(config).run();
+  config.name = "whole";
+  Trainer(config).run();
+  EXPECT_EQ(hash(checkpoint("broken")), hash(checkpoint("whole")));
+  EXPECT_NE(hash(checkpoint("broken")), hash(checkpoint("unbroken")));
+  const auto broken = rows("broken"), whole = rows("whole");
+  for (const auto& row : whole) {
+    if (!row.contains("lm_loss")) continue;
+    const auto same = std::find_if(broken.begin(), broken.end(), [&](const auto& other) {
+      return other.contains("lm_loss") && other["step"] == row["step"];
+    });
+    ASSERT_NE(same, broken.end());
+    EXPECT_EQ((*same)["lm_loss"], row["lm_loss"]);
+  }
+}
+
+TEST_F(TrainerTest, MicroBatchesGiveTheGradientsOfTheWholeBatch) {
+  TrainConfig config = this->config("whole");
+  config.steps = 1;
+  config.model.moe_layers = {};  // a balance loss over micro-batches is another loss
+  Trainer(config).run();
+  config.name = "parts";
+  config.micro_batch = 1;
+  Trainer(config).run();
+  EXPECT_NEAR(rows("whole")[1]["grad_norm"].get<double>(), rows("parts")[1]["grad_norm"].get<double>(), 1e-5);
+  EXPECT_NEAR(rows("whole")[1]["lm_loss"].get<double>(), rows("parts")[1]["lm_loss"].get<double>(), 1e-6);
+}
+
+TEST_F(TrainerTest, FrozenParametersStayBitIdentical) {  // law 9
+  TrainConfig config = this->config("frozen");
+  config.model.freeze = {"*.shared_expert.*", "*.self_attn.*", "*norm.weight", "model.embed_tokens.weight"};
+  torch::manual_seed(config.seed);
+  Transformer start(config.model);
+  Trainer(config).run();
+  Transformer end = load_pretrained(checkpoint("frozen"));
+  const auto after = end->named_parameters();
+  int frozen = 0;
+  for (const auto& item : start->named_parameters()) {
+    const bool is_frozen = item.key().find("experts") == std::string::npos &&
+                           item.key().find("router") == std::string::npos &&
+                           item.key().find("layers.0.mlp") == std::string::npos;
+    frozen += is_frozen;
+    EXPECT_EQ(after[item.key()].equal(item.value()), is_frozen) << item.key();
+  }
+  EXPECT_GT(frozen, 10);
+}
+
+TEST_F(TrainerTest, AStopRequestEndsWithACheckpoint) {
+  TrainConfig config = this->config("stopped");
+  config.steps = 1000;
+  const TrainResult result = Trainer(config).run([](const auto& row) {
+    if (row["step"] == 3) Trainer::request_stop();
+  });
+  EXPECT_FALSE(result.finished);
+  EXPECT_EQ(result.step, 3);
+  EXPECT_EQ(checkpoint("stopped").filename(), "step-00000003");
+}
+
+TEST_F(TrainerTest, KeepsTheNewestCheckpoints) {
+  TrainConfig config = this->config("keep");
+  config.checkpoint = {.interval = 2, .keep = 2};
+  Trainer(config).run();
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(runs.path / "keep")) {
+    if (entry.is_directory()) names.push_back(entry.path().filename());
+  }
+  std::sort(names.begin(), names.end());
+  EXPECT_EQ(names, std::vector<std::string>({"step-00000010", "step-00000012"}));
+}
+
+TEST_F(TrainerTest, ANumberThatIsNotFiniteStopsWithStepAndTensor) {
+  TrainConfig config = this->config("nan");
+  torch::manual_seed(0);
+  Transformer model(config.model);
+  {
+    torch::NoGradGuard no_grad;
+    model->named_parameters()["model.layers.1.mlp.token.experts.down_proj"][0][0][0].fill_(NAN);
+  }
+  save_pretrained(model, runs.path / "poisoned", shared->path / "tokenizer");
+  config.init = runs.path / "poisoned";
+  config.eval.tokens = 0;
+  try {
+    Trainer(config).run();
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_STREQ(error.what(),
+                 "step 1: loss is nan: model.layers.1.mlp.token.experts.down_proj is not finite");
+  }
+}
+
+TEST_F(TrainerTest, RefusesAnotherConfigInTheSameRun) {
+  TrainConfig config = this->config("same");
+  config.steps = 1;
+  Trainer(config).run();
+  config.schedule.lr = 1;
+  try {
+    Trainer(config).run();
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_NE(std::string(error.what()).find("schedule.lr: 0.01"), std::string::npos) << error.what();
+  }
+}
+
+TEST_F(TrainerTest, ADamagedCheckpointIsNamed) {
+  TrainConfig config = this->config("damaged");
+  config.steps = 2;
+  Trainer(config).run();
+  const fs::path file = checkpoint("damaged") / "optimizer.safetensors";
+  {
+    std::fstream out(file, std::ios::in | std::ios::out | std::ios::binary);
+    out.seekp(-1, std::ios::end);
+    out.put('\x7f');
+  }
+  config.steps = 3;
+  try {
+    Trainer(config).run();
+    FAIL();
+  } catch (const DataError& error) {
+    EXPECT_NE(std::string(error.what()).find("optimizer.safetensors: SHA-256 differs"), std::string::npos)
+        << error.what();
+  }
+  fs::resize_file(file, fs::file_size(file) - 10);
+  EXPECT_THROW(verify_checkpoint(file.parent_path()), DataError);
+  fs::remove(file);
+  EXPECT_THROW(verify_checkpoint(file.parent_path()), DataError);
+}
+
+TEST_F(TrainerTest, BadSettingsAreNamed) {
+  const auto message = [&](auto change) -> std::string {
+    TrainConfig config = this->config("bad");
+    change(config);
+    try {
+      Trainer(config).run();
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(message([](auto& c) { c.micro_batch = 3; }), "micro_batch: must divide data.batch_size 4, got 3");
+  EXPECT_EQ(message([](auto& c) { c.data.seq_len = 200; }),
+            "data.seq_len: must be at most model.max_seq_len 128, got 200");
+  EXPECT_NE(message([](auto& c) { c.model.vocab_size = 100; }).find("model.vocab_size: must be at least"),
+            std::string::npos);
+  EXPECT_NE(message([](auto& c) { c.runs = "/proc/nowhere"; }).find("/proc/nowhere"), std::string::npos);
+  EXPECT_NE(message([](auto& c) { c.data.path = "/nowhere"; }).find("/nowhere"), std::string::npos);
+}
+
+TEST_F(TrainerTest, InitGivesTheDefaultsOfTheModelSection) {
+  tiny::write_dense_checkpoint(runs.path / "dense");
+  std::ofstream(runs.path / "train.yaml")
+      << "init: " << (runs.path / "dense").string() << "\ndata: {path: x}\n"
+      << "model: {max_seq_len: 64}\n";
+  const TrainConfig config = load_train_config(runs.path / "train.yaml", {"data.seq_len=32", "steps=3"});
+  EXPECT_EQ(config.model.dim, 16);
+  EXPECT_EQ(config.model.max_seq_len, 64);
+  EXPECT_EQ(config.steps, 3);
+}
+
+}  // namespace
+}  // namespace hymoe
