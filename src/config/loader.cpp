@@ -48,7 +48,7 @@ std::string unknown_key(const Type& root, const Type& level, const std::string& 
   std::string text = "unknown key, ";
   if (known.empty()) {
     text += "none is known here";
-  } else if (known[0].first <= std::max<size_t>(2, key.size() / 3)) {
+  } else if (known[0].first < key.size() && known[0].first <= std::max<size_t>(2, key.size() / 3)) {
     text += "did you mean " + known[0].second + "?";
   } else {
     text += "known here: " + known[0].second;
@@ -118,7 +118,7 @@ bool read_scalar(const Type& type, void* value, const Node& node, bool any_scala
 // "a.b.\"c.d\"=value" -> {a, b, c.d}, value.
 std::pair<std::vector<std::string>, std::string> split_override(const std::string& text) {
   const auto malformed = [&](const std::string& what) {
-    return ConfigError("", "wanted key.path=value, got " + in_quotes(text, 60) + what, "command line");
+    return ConfigError("", "wanted key.path=value, got " + in_quotes(text, 60) + what, kCommandLine);
   };
   std::vector<std::string> parts(1);
   size_t i = 0;
@@ -149,7 +149,7 @@ Node parse_override_value(const Type& type, const std::string& text) {
   if (inner.kind == Type::Kind::kText && !null && !text.starts_with('"') && !text.starts_with('\'')) {
     return {.kind = Node::Kind::kText, .text = text};
   }
-  return parse_yaml(text, "command line");
+  return parse_yaml(text, kCommandLine);
 }
 
 void check_limits(const Limits& limits, double value, const std::string& text, const std::string& path) {
@@ -217,7 +217,7 @@ void Loader::read(const Node& document) {
 }
 
 void Loader::apply_override(const std::string& text) {
-  source_ = "command line";
+  source_ = kCommandLine;
   check_text(text, source_);
   const auto [parts, value] = split_override(text);
   bind_at(type_, config_, parts, 0, value, "");
@@ -280,11 +280,6 @@ void Loader::bind_at(const Type& type, void* value, const std::vector<std::strin
     } catch (const ConfigError& e) {
       throw ConfigError(path, e.text(), source_);
     }
-    const auto forget_line = [](const auto& self, Node& n) -> void {
-      n.line = 0;
-      for (auto& entry : n.entries) self(self, entry.value);
-    };
-    forget_line(forget_line, node);
     return bind(type, value, node, path);
   }
   const std::string& part = parts[i];
@@ -311,7 +306,9 @@ void Loader::bind_at(const Type& type, void* value, const std::vector<std::strin
           part.size() <= last.size() && part.find_first_not_of("0123456789") == std::string::npos;
       if (!digits || std::stoul(part) > size) {
         throw ConfigError(
-            part_path, "wanted an index from 0 to " + last + " (" + last + " appends), got " + part, source_);
+            part_path,
+            "wanted an index from 0 to " + last + " (" + last + " appends), got " + join_path("", part),
+            source_);
       }
       return type.edit(value, part,
                        [&](void* e) { bind_at(*type.element, e, parts, i + 1, text, part_path); });

@@ -6,73 +6,129 @@
 #include <cctype>
 #include <map>
 #include <optional>
+#include <sstream>
 
 #include <utf8proc.h>
-#include <yaml-cpp/yaml.h>
+#include <yaml-cpp/eventhandler.h>
+#include <yaml-cpp/exceptions.h>
+#include <yaml-cpp/parser.h>
 
 #include "config/scalar.h"
 
 namespace hymoe {
 namespace {
 
-constexpr int kMaxDepth = 100;         // an alias may hold itself
-constexpr size_t kMaxNodes = 1000000;  // aliases of aliases grow without bound
+constexpr int kMaxDepth = 100;        // an alias may hold itself
+constexpr size_t kMaxNodes = 100000;  // aliases of aliases grow without bound
 
-class YamlReader {
+// Builds a Node from what the parser meets.
+class YamlReader : public YAML::EventHandler {
  public:
   explicit YamlReader(const std::string& name) : name_(name) {}
 
-  Node read(const YAML::Node& yaml, int line, int depth = 0) {
-    if (depth > kMaxDepth) fail(line, "nested more than " + std::to_string(kMaxDepth) + " deep");
-    if (++nodes_ > kMaxNodes) fail(line, "more than " + std::to_string(kMaxNodes) + " values");
-    check_tag(yaml.Tag(), line);
-    Node node{.line = line};
-    if (yaml.IsScalar()) {
-      const bool plain = yaml.Tag() != "!" && yaml.Tag() != "tag:yaml.org,2002:str";
-      node.kind = plain ? Node::Kind::kPlain : Node::Kind::kText;
-      node.text = yaml.Scalar();
-    } else if (yaml.IsSequence()) {
-      node.kind = Node::Kind::kList;
-      for (const YAML::Node& element : yaml)
-        node.entries.push_back({"", read(element, line_of(element), depth + 1)});
-    } else if (yaml.IsMap()) {
-      node.kind = Node::Kind::kMap;
-      std::map<std::string, int> first_line;
-      for (const auto& entry : yaml) {
-        const int key_line = line_of(entry.first);
-        std::string key = read_key(entry.first, key_line);
-        const auto [first, added] = first_line.emplace(key, key_line);
-        if (!added) {
-          fail(key_line,
-               "key " + in_quotes(key, 60) + " given twice, first in line " + std::to_string(first->second));
-        }
-        node.entries.push_back({std::move(key), read(entry.second, key_line, depth + 1)});
-      }
-    }
-    return node;
+  void OnDocumentStart(const YAML::Mark& mark) override {
+    if (++documents_ > 1) fail(mark, "wanted one document, got more text after its end");
+  }
+  void OnDocumentEnd() override {}
+  void OnNull(const YAML::Mark& mark, YAML::anchor_t anchor) override {
+    add({.kind = Node::Kind::kNull, .line = mark.line + 1}, mark, anchor);
+  }
+  void OnScalar(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,
+                const std::string& text) override {
+    check_tag(mark, tag);
+    const bool plain = tag != "!" && tag != "tag:yaml.org,2002:str";
+    add({.kind = plain ? Node::Kind::kPlain : Node::Kind::kText, .text = text, .line = mark.line + 1}, mark,
+        anchor);
+  }
+  void OnSequenceStart(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,
+                       YAML::EmitterStyle::value) override {
+    open(Node::Kind::kList, mark, tag, anchor);
+  }
+  void OnMapStart(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,
+                  YAML::EmitterStyle::value) override {
+    open(Node::Kind::kMap, mark, tag, anchor);
+  }
+  void OnSequenceEnd() override { close(); }
+  void OnMapEnd() override { close(); }
+  void OnAlias(const YAML::Mark& mark, YAML::anchor_t anchor) override {
+    const auto found = anchors_.find(anchor);
+    if (found == anchors_.end()) fail(mark, "an alias within what it stands for");
+    nodes_ += found->second.second - 1;
+    Node node = found->second.first;
+    node.line = mark.line + 1;
+    add(std::move(node), mark, 0);
   }
 
-  [[noreturn]] void fail(int line, const std::string& text) const {
-    throw ConfigError("", text, where(name_, line));
+  Node take() && { return std::move(root_); }
+
+  [[noreturn]] void fail(const YAML::Mark& mark, const std::string& text) const {
+    throw ConfigError("", text, where(name_, mark.line + 1));
   }
 
  private:
-  static int line_of(const YAML::Node& yaml) { return yaml.Mark().line + 1; }
+  struct Open {
+    Node node;
+    YAML::Mark mark;
+    YAML::anchor_t anchor;
+    size_t nodes_before;
+    std::optional<Node> key = {};                // of a map's next value
+    std::map<std::string, int> first_line = {};  // of a map's keys
+  };
 
-  void check_tag(const std::string& tag, int line) const {
-    constexpr std::string_view kYaml = "tag:yaml.org,2002:";
-    if (tag.size() > 1 && !tag.starts_with(kYaml))
-      fail(line, "tag " + in_quotes(tag, 60) + " is not supported");
+  void open(Node::Kind kind, const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor) {
+    check_tag(mark, tag);
+    if (open_.size() == kMaxDepth) fail(mark, "nested more than " + std::to_string(kMaxDepth) + " deep");
+    open_.push_back({{.kind = kind, .line = mark.line + 1}, mark, anchor, nodes_});
   }
 
-  std::string read_key(const YAML::Node& key, int line) const {
-    if (!key.IsScalar()) fail(line, "wanted text as a key");
-    if (key.Scalar() == "<<" && key.Tag() != "!") fail(line, "merge keys (<<) are not supported");
-    return key.Scalar();
+  void close() {
+    Open last = std::move(open_.back());
+    open_.pop_back();
+    const size_t nodes = nodes_ + 1 - last.nodes_before;
+    if (last.anchor != 0) anchors_[last.anchor] = {last.node, nodes};
+    add(std::move(last.node), last.mark, 0);
+  }
+
+  void add(Node node, const YAML::Mark& mark, YAML::anchor_t anchor) {
+    if (++nodes_ > kMaxNodes) fail(mark, "more than " + std::to_string(kMaxNodes) + " values");
+    if (anchor != 0) anchors_[anchor] = {node, 1};
+    if (open_.empty()) {
+      root_ = std::move(node);
+    } else if (Open& outer = open_.back(); outer.node.kind == Node::Kind::kList) {
+      outer.node.entries.push_back({"", std::move(node)});
+    } else if (!outer.key) {
+      check_key(outer, node, mark);
+      outer.key = std::move(node);
+    } else {
+      node.line = outer.key->line;
+      outer.node.entries.push_back({outer.key->text, std::move(node)});
+      outer.key.reset();
+    }
+  }
+
+  void check_key(Open& outer, const Node& key, const YAML::Mark& mark) const {
+    if (key.kind != Node::Kind::kPlain && key.kind != Node::Kind::kText) fail(mark, "wanted text as a key");
+    if (key.kind == Node::Kind::kPlain && key.text == "<<") fail(mark, "merge keys (<<) are not supported");
+    const auto [first, added] = outer.first_line.emplace(key.text, key.line);
+    if (!added) {
+      const std::string line =
+          name_ == kCommandLine ? "" : ", first in line " + std::to_string(first->second);
+      fail(mark, "key " + in_quotes(key.text, 60) + " given twice" + line);
+    }
+  }
+
+  void check_tag(const YAML::Mark& mark, const std::string& tag) const {
+    if (tag.size() > 1 && !tag.starts_with("tag:yaml.org,2002:")) {
+      fail(mark, "tag " + in_quotes(tag, 60) + " is not supported");
+    }
   }
 
   const std::string& name_;
+  Node root_;
+  std::vector<Open> open_;
+  std::map<YAML::anchor_t, std::pair<Node, size_t>> anchors_;  // with how many nodes each is
   size_t nodes_ = 0;
+  int documents_ = 0;
 };
 
 // JSON writes a character beyond U+FFFF as two \u escapes, which YAML does not know; YAML has \U for it.
@@ -153,7 +209,7 @@ void write_block(const Node& node, const std::string& indent, std::string& out) 
 }  // namespace
 
 std::string where(const std::string& name, int line) {
-  return line > 0 ? name + ":" + std::to_string(line) : name;
+  return line > 0 && name != kCommandLine ? name + ":" + std::to_string(line) : name;
 }
 
 void check_text(const std::string& text, const std::string& name) {
@@ -174,16 +230,17 @@ void check_text(const std::string& text, const std::string& name) {
 
 Node parse_yaml(const std::string& text, const std::string& name) {
   check_text(text, name);
-  YamlReader reader(name);
   const bool json_escapes = text.find("\\u") != std::string::npos && nlohmann::json::accept(text);
+  std::istringstream stream(json_escapes ? join_surrogates(text) : text);
+  YamlReader reader(name);
   try {
-    const std::vector<YAML::Node> documents = YAML::LoadAll(json_escapes ? join_surrogates(text) : text);
-    if (documents.empty()) return {};
-    if (documents.size() > 1) reader.fail(documents[1].Mark().line + 1, "wanted one document, got several");
-    return reader.read(documents[0], std::max(documents[0].Mark().line + 1, 1));
+    YAML::Parser parser(stream);
+    while (parser.HandleNextDocument(reader)) {
+    }
   } catch (const YAML::Exception& e) {
-    reader.fail(e.mark.line + 1, "not valid YAML: " + e.msg);
+    reader.fail(e.mark, "not valid YAML: " + e.msg);
   }
+  return std::move(reader).take();
 }
 
 Node node_from_json(const nlohmann::json& json) {

@@ -29,6 +29,9 @@ struct Node::Entry {
   Node value;
 };
 
+// Stands for the file in what is said about overrides.
+inline constexpr const char* kCommandLine = "command line";
+
 // "name:line", or name alone where there is no line.
 std::string where(const std::string& name, int line);
 

@@ -8,25 +8,25 @@
 namespace hymoe {
 namespace {
 
-std::string type_name(const Type& type) {
+std::string type_name(const Type& type, bool many = false) {
+  const std::string s = many ? "s" : "";
   switch (type.kind) {
     case Type::Kind::kBool:
       return "true or false";
     case Type::Kind::kInteger:
-      return "integer";
+      return "integer" + s;
     case Type::Kind::kNumber:
-      return "number";
+      return "number" + s;
     case Type::Kind::kText:
       return "text";
     case Type::Kind::kStruct:
-      return "mapping";
+      return "mapping" + s;
     case Type::Kind::kList:
-      return "list of " + type_name(*type.element) + (type.element->kind == Type::Kind::kStruct ? "s" : "");
+      return "list" + s + " of " + type_name(*type.element, true);
     case Type::Kind::kOptional:
-      return type_name(*type.element) + " or null";
+      return type_name(*type.element, many) + " or null";
     case Type::Kind::kMap:
-      return "mapping of names to " + type_name(*type.element) +
-             (type.element->kind == Type::Kind::kStruct ? "s" : "");
+      return "mapping" + s + " of names to " + type_name(*type.element, true);
   }
   return "";
 }
@@ -240,9 +240,15 @@ std::vector<std::string> config_difference(const nlohmann::json& a, const nlohma
   flatten(b, "", new_values);
   std::map<std::string, std::string> all = old_values;
   all.insert(new_values.begin(), new_values.end());
+  // An empty list or map is told by its new or old elements.
+  const auto filled = [](const std::map<std::string, std::string>& values, const std::string& path) {
+    const auto next = values.lower_bound(path + ".");
+    return next != values.end() && next->first.starts_with(path + ".");
+  };
   std::vector<std::string> lines;
   for (const auto& [path, value] : all) {
     const auto before = old_values.find(path), after = new_values.find(path);
+    if (filled(old_values, path) || filled(new_values, path)) continue;
     const std::string from = before == old_values.end() ? "(none)" : before->second;
     const std::string to = after == new_values.end() ? "(none)" : after->second;
     if (from != to) lines.push_back(path + ": " + from + " → " + to);
