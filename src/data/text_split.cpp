@@ -32,6 +32,12 @@ class PatternCheck {
         char_class();
       } else if (pattern_[at_] == '(') {
         group();
+      } else if (pattern_[at_] == ')') {
+        if (!outer_caseless_.empty()) {
+          caseless_ = outer_caseless_.back();
+          outer_caseless_.pop_back();
+        }
+        at_ += 1;
       } else if (pattern_[at_] == '{') {
         repeat();
       } else if (pattern_[at_] == '^' || pattern_[at_] == '$') {
@@ -100,6 +106,7 @@ class PatternCheck {
   }
 
   void group() {
+    outer_caseless_.push_back(caseless_);
     static constexpr std::string_view kOpenings[] = {"(?i:", "(?:", "(?=", "(?!", "(?<=", "(?<!", "(?>"};
     for (const std::string_view opening : kOpenings) {
       if (!pattern_.substr(at_).starts_with(opening)) continue;
@@ -126,6 +133,7 @@ class PatternCheck {
   std::string_view pattern_;
   size_t at_ = 0;
   bool caseless_ = false;
+  std::vector<bool> outer_caseless_;  // of each open group
   std::string trouble_;
 };
 
