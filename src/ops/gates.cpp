@@ -2,9 +2,42 @@
 
 #include <torch/types.h>
 
+#include <algorithm>
+
+#include <ATen/Dispatch.h>
+
 #include "hymoe/ops/plain.h"
+#include "ops/cpu.h"
 
 namespace hymoe::ops {
+namespace {
+
+Tensor topk_ids(const Tensor& scores, int64_t top_k) {
+  if (!scores.is_cpu()) return plain::topk_ids(scores, top_k);
+  const Tensor c = scores.contiguous();
+  const int64_t experts = c.size(1);
+  Tensor ids = at::empty({c.size(0), top_k}, c.options().dtype(at::kLong));
+  AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "topk_gates", [&] {
+    const scalar_t* score = c.const_data_ptr<scalar_t>();
+    int64_t* out = ids.mutable_data_ptr<int64_t>();
+    cpu::parallel_for(c.size(0), cpu::row_grain(experts * top_k), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const scalar_t* row = score + t * experts;
+        int64_t *chosen = out + t * top_k, *last = chosen;
+        for (; last < chosen + top_k; ++last) {
+          int64_t best = -1;
+          for (int64_t e = 0; e < experts; ++e) {
+            if ((best < 0 || row[e] > row[best]) && std::find(chosen, last, e) == last) best = e;
+          }
+          *last = best;
+        }
+      }
+    });
+  });
+  return ids;
+}
+
+}  // namespace
 
 Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor& selection_bias) {
   TORCH_CHECK(logits.dim() == 2, "topk_gates: logits must be [T, E], got ", logits.sizes());
@@ -18,7 +51,7 @@ Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor&
   out.scores = options.sigmoid ? at::sigmoid(z) : at::softmax(z, -1);
   Tensor choice = out.scores.detach().narrow(1, 0, experts);
   if (selection_bias.defined()) choice = choice + selection_bias.detach();
-  out.ids = plain::topk_ids(choice, options.top_k);
+  out.ids = topk_ids(choice, options.top_k);
 
   // The shared expert's column rides along as the last of the chosen ones.
   Tensor taken = out.ids;

@@ -1,25 +1,224 @@
 #include "hymoe/ops/permute.h"
 
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/types.h>
+
+#include <ATen/Dispatch.h>
+
+#include <cstring>
+#include <vector>
+
 #include "hymoe/ops/plain.h"
+#include "ops/cpu.h"
 
 namespace hymoe::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+at::ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+template <class T, class A>
+HYMOE_SIMD void add_row(A factor, const T* __restrict row, A* __restrict sum, int64_t dim) {
+  for (int64_t i = 0; i < dim; ++i) sum[i] += factor * static_cast<A>(row[i]);
+}
+
+template <class T, class A>
+HYMOE_SIMD void store_row(A factor, const A* __restrict sum, T* __restrict row, int64_t dim) {
+  for (int64_t i = 0; i < dim; ++i) row[i] = static_cast<T>(factor * sum[i]);
+}
+
+template <class T, class A>
+HYMOE_SIMD A dot_row(const A* __restrict a, const T* __restrict b, int64_t dim) {
+  return cpu::sum<A>(dim, [&](int64_t i) { return a[i] * static_cast<A>(b[i]); });
+}
+
+template <class T>
+const T* data_or_null(const Tensor& x) {
+  return x.defined() ? x.const_data_ptr<T>() : nullptr;
+}
+
+// y[t] = base_weight[t]·base[t] + Σ_k weights[t, k]·rows[slot_row[t, k]]; all contiguous, all but rows
+// optional.
+Tensor gather_sum(const Tensor& rows, const Tensor& weights, const Tensor& slot_row, const Tensor& base,
+                  const Tensor& base_weight) {
+  const int64_t slots = slot_row.size(1), dim = rows.size(1);
+  Tensor y = cpu::empty({slot_row.size(0), dim}, rows.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "unpermute", [&] {
+    using A = cpu::Accumulate<scalar_t>;
+    const scalar_t *from = rows.const_data_ptr<scalar_t>(), *first = data_or_null<scalar_t>(base);
+    const A *weight = data_or_null<A>(weights), *first_weight = data_or_null<A>(base_weight);
+    const int64_t* slot = slot_row.const_data_ptr<int64_t>();
+    scalar_t* to = y.mutable_data_ptr<scalar_t>();
+    cpu::parallel_for(y.size(0), cpu::row_grain(dim * (slots + 1)), [&](int64_t begin, int64_t end) {
+      std::vector<A> sum(dim);
+      for (int64_t t = begin; t < end; ++t) {
+        std::fill(sum.begin(), sum.end(), A{0});
+        if (first) add_row(first_weight ? first_weight[t] : A{1}, first + t * dim, sum.data(), dim);
+        for (int64_t k = t * slots; k < (t + 1) * slots; ++k) {
+          if (slot[k] >= 0) add_row(weight ? weight[k] : A{1}, from + slot[k] * dim, sum.data(), dim);
+        }
+        store_row(A{1}, sum.data(), to + t * dim, dim);
+      }
+    });
+  });
+  return y;
+}
+
+Tensor gather_rows(const Tensor& x, const Tensor& source_row) {
+  Tensor rows = cpu::empty({source_row.size(0), x.size(1)}, x.options());
+  const size_t width = x.size(1) * x.element_size();
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(rows.mutable_data_ptr());
+  const int64_t* source = source_row.const_data_ptr<int64_t>();
+  cpu::parallel_for(rows.size(0), cpu::row_grain(x.size(1)), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) std::memcpy(to + r * width, from + source[r] * width, width);
+  });
+  return rows;
+}
+
+// rows[r] = x[source_row[r]]: dx[t] = Σ_k d_rows[slot_row[t, k]].
+struct Permute : Function<Permute> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& source_row,
+                        const Tensor& slot_row) {
+    ctx->save_for_backward({slot_row});
+    return gather_rows(x, source_row);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    return {gather_sum(gradients[0].contiguous(), {}, ctx->get_saved_variables()[0], {}, {}), {}, {}};
+  }
+};
+
+struct UnpermuteGradients {
+  Tensor rows, weights, base, base_weight;
+};
+
+// d_rows[slot] = weights·dy, d_weights = <dy, rows[slot]>, d_base = base_weight·dy, d_base_weight = <dy,
+// base>.
+template <class T>
+void unpermute_backward(const Tensor& dy, const Tensor& rows, const Tensor& weights, const Tensor& slot_row,
+                        const Tensor& base, const Tensor& base_weight, UnpermuteGradients& out) {
+  using A = cpu::Accumulate<T>;
+  const int64_t slots = slot_row.size(1), dim = dy.size(1);
+  const T *from = dy.const_data_ptr<T>(), *row = rows.const_data_ptr<T>(), *first = data_or_null<T>(base);
+  const A *weight = data_or_null<A>(weights), *first_weight = data_or_null<A>(base_weight);
+  const int64_t* slot = slot_row.const_data_ptr<int64_t>();
+  const auto target = [](const Tensor& x, auto type) {
+    return x.defined() ? x.mutable_data_ptr<decltype(type)>() : nullptr;
+  };
+  T *d_rows = target(out.rows, T{}), *d_base = target(out.base, T{});
+  A *d_weights = target(out.weights, A{}), *d_base_weight = target(out.base_weight, A{});
+  cpu::parallel_for(dy.size(0), cpu::row_grain(dim * (2 * slots + 1)), [&](int64_t begin, int64_t end) {
+    std::vector<A> d(dim);
+    for (int64_t t = begin; t < end; ++t) {
+      std::fill(d.begin(), d.end(), A{0});
+      add_row(A{1}, from + t * dim, d.data(), dim);
+      if (d_base) store_row(first_weight ? first_weight[t] : A{1}, d.data(), d_base + t * dim, dim);
+      if (d_base_weight) d_base_weight[t] = dot_row(d.data(), first + t * dim, dim);
+      for (int64_t k = t * slots; k < (t + 1) * slots; ++k) {
+        const bool taken = slot[k] >= 0;
+        if (d_weights) d_weights[k] = taken ? dot_row(d.data(), row + slot[k] * dim, dim) : A{0};
+        if (d_rows && taken) store_row(weight ? weight[k] : A{1}, d.data(), d_rows + slot[k] * dim, dim);
+      }
+    }
+  });
+}
+
+struct Unpermute : Function<Unpermute> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& weights, const Tensor& base,
+                        const Tensor& base_weight, const Tensor& slot_row) {
+    ctx->save_for_backward({rows, weights, base, base_weight, slot_row});
+    return gather_sum(rows, weights, slot_row, base, base_weight);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &rows = saved[0], &weights = saved[1], &base = saved[2], &base_weight = saved[3];
+    const Tensor dy = gradients[0].contiguous();
+    const auto like = [&](size_t i) {
+      const bool wanted = saved[i].defined() && ctx->needs_input_grad(i);
+      return wanted ? cpu::empty(saved[i].sizes(), saved[i].options()) : Tensor();
+    };
+    UnpermuteGradients out{like(0), like(1), base_weight.defined() ? like(2) : Tensor(), like(3)};
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "unpermute", [&] {
+      unpermute_backward<scalar_t>(dy, rows, weights, saved[4], base, base_weight, out);
+    });
+    if (base.defined() && !base_weight.defined()) out.base = dy;  // Its factor is 1.
+    return {out.rows, out.weights, out.base, out.base_weight, {}};
+  }
+};
+
+void check_unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
+                     const Tensor& base, const Tensor& base_weight) {
+  const Tensor& slot = permutation.slot_row;
+  TORCH_CHECK(rows.dim() == 2 && rows.size(0) == permutation.source_row.size(0), "unpermute: rows must be [",
+              permutation.source_row.size(0), ", D], got ", rows.sizes());
+  TORCH_CHECK(!weights.defined() || weights.sizes() == slot.sizes(),
+              "unpermute: weights must be [T, K] = ", slot.sizes(), ", got ", weights.sizes());
+  TORCH_CHECK(
+      !base.defined() || (base.dim() == 2 && base.size(0) == slot.size(0) && base.size(1) == rows.size(1)),
+      "unpermute: base must be [", slot.size(0), ", ", rows.size(1), "], got ", base.sizes());
+  TORCH_CHECK(!base.defined() || base.scalar_type() == rows.scalar_type(), "unpermute: rows are ",
+              rows.scalar_type(), ", base ", base.scalar_type());
+  TORCH_CHECK(!base_weight.defined() || base.defined(), "unpermute: base_weight without base");
+  TORCH_CHECK(!base_weight.defined() || (base_weight.dim() == 1 && base_weight.size(0) == slot.size(0)),
+              "unpermute: base_weight must be [", slot.size(0), "], got ", base_weight.sizes());
+}
+
+}  // namespace
 
 Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts) {
   TORCH_CHECK(expert_ids.dim() == 2 && expert_ids.scalar_type() == at::kLong,
               "sort_by_expert: expert_ids must be [T, K] int64, got ", expert_ids.toString(), " ",
               expert_ids.sizes());
-  return plain::sort_by_expert(expert_ids, num_experts);
+  if (!expert_ids.is_cpu()) return plain::sort_by_expert(expert_ids, num_experts);
+  const Tensor ids = expert_ids.contiguous();
+  const int64_t slots = ids.size(1);
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  Tensor count = at::zeros({num_experts}, ids.options()), slot_row = at::empty(ids.sizes(), ids.options());
+  int64_t* counts = count.mutable_data_ptr<int64_t>();
+  int64_t rows = 0;
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    TORCH_CHECK(id[i] >= -1 && id[i] < num_experts, "sort_by_expert: expert id ", id[i], " of row ",
+                i / slots, " is outside [-1, ", num_experts, ")");
+    if (id[i] >= 0) {
+      ++counts[id[i]];
+      ++rows;
+    }
+  }
+  std::vector<int64_t> next(num_experts, 0);
+  for (int64_t e = 1; e < num_experts; ++e) next[e] = next[e - 1] + counts[e - 1];
+  Tensor source_row = at::empty({rows}, ids.options());
+  int64_t *source = source_row.mutable_data_ptr<int64_t>(), *slot = slot_row.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    slot[i] = id[i] < 0 ? -1 : next[id[i]]++;
+    if (id[i] >= 0) source[slot[i]] = i / slots;
+  }
+  return {count, source_row, slot_row};
 }
 
 Tensor permute(const Tensor& x, const Permutation& permutation) {
-  TORCH_CHECK(x.dim() == 2, "permute: x must be [T, D], got ", x.sizes());
-  return x.index_select(0, permutation.source_row);
+  TORCH_CHECK(x.dim() == 2 && x.size(0) == permutation.slot_row.size(0), "permute: x must be [",
+              permutation.slot_row.size(0), ", D], got ", x.sizes());
+  if (!x.is_cpu()) return x.index_select(0, permutation.source_row);
+  return Permute::apply(x.contiguous(), permutation.source_row, permutation.slot_row);
 }
 
 Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
                  const Tensor& base, const Tensor& base_weight) {
-  TORCH_CHECK(rows.dim() == 2, "unpermute: rows must be [R, D], got ", rows.sizes());
-  return plain::unpermute(rows, weights, permutation, base, base_weight);
+  check_unpermute(rows, weights, permutation, base, base_weight);
+  if (!rows.is_cpu()) return plain::unpermute(rows, weights, permutation, base, base_weight);
+  const auto type = accumulate_type(rows);
+  const auto prepared = [](const Tensor& x, at::ScalarType t) {
+    return x.defined() ? x.to(t).contiguous() : x;
+  };
+  return Unpermute::apply(rows.contiguous(), prepared(weights, type), prepared(base, rows.scalar_type()),
+                          prepared(base_weight, type), permutation.slot_row);
 }
 
 }  // namespace hymoe::ops

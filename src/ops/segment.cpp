@@ -1,11 +1,129 @@
 #include "hymoe/ops/segment.h"
 
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/types.h>
+
+#include <ATen/Dispatch.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
 #include "hymoe/ops/plain.h"
+#include "ops/cpu.h"
 
 namespace hymoe::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+// Rows of unit u that count: f(row) for each, in order.
+template <class F>
+void for_rows(const int64_t* offsets, int64_t u, const bool* padding, const F& f) {
+  for (int64_t t = offsets[u]; t < offsets[u + 1]; ++t) {
+    if (!padding || !padding[t]) f(t);
+  }
+}
+
+const bool* padding_data(const Tensor& padding) {
+  return padding.defined() ? padding.const_data_ptr<bool>() : nullptr;
+}
+
+// Mean: y = Σ x / n, dx = dy / n. Max: dx of the row it came from is dy.
+struct SegmentPool : Function<SegmentPool> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& offsets, bool max,
+                        const Tensor& padding) {
+    const int64_t units = offsets.size(0) - 1, dim = x.size(1);
+    Tensor y = cpu::empty({units, dim}, x.options()), source;
+    if (max) source = at::empty({units, dim}, offsets.options());
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "segment_pool", [&] {
+      using A = cpu::Accumulate<scalar_t>;
+      const scalar_t* in = x.const_data_ptr<scalar_t>();
+      scalar_t* out = y.mutable_data_ptr<scalar_t>();
+      int64_t* from = max ? source.mutable_data_ptr<int64_t>() : nullptr;
+      const int64_t* at = offsets.const_data_ptr<int64_t>();
+      cpu::parallel_for(units, 1, [&](int64_t begin, int64_t end) {
+        std::vector<A> pooled(dim);
+        for (int64_t u = begin; u < end; ++u) {
+          std::fill(pooled.begin(), pooled.end(), A{0});
+          if (max) std::fill(from + u * dim, from + (u + 1) * dim, -1);
+          int64_t n = 0;
+          for_rows(at, u, padding_data(padding), [&](int64_t t) {
+            const scalar_t* row = in + t * dim;
+            for (int64_t i = 0; i < dim; ++i) {
+              const A value = row[i];
+              if (!max) {
+                pooled[i] += value;
+              } else if (n == 0 || value > pooled[i] || std::isnan(value)) {
+                pooled[i] = value;
+                from[u * dim + i] = t;
+              }
+            }
+            ++n;
+          });
+          const A factor = max || n == 0 ? A{1} : A{1} / n;
+          for (int64_t i = 0; i < dim; ++i) out[u * dim + i] = static_cast<scalar_t>(pooled[i] * factor);
+        }
+      });
+    });
+    ctx->save_for_backward({offsets, padding, source});
+    ctx->saved_data["rows"] = x.size(0);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &offsets = saved[0], &padding = saved[1], &source = saved[2], dy = gradients[0].contiguous();
+    const int64_t units = offsets.size(0) - 1, dim = dy.size(1);
+    Tensor dx = at::zeros({ctx->saved_data["rows"].toInt(), dim}, dy.options());
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dy.scalar_type(), "segment_pool", [&] {
+      const scalar_t* d = dy.const_data_ptr<scalar_t>();
+      scalar_t* out = dx.mutable_data_ptr<scalar_t>();
+      const int64_t* at = offsets.const_data_ptr<int64_t>();
+      const int64_t* from = source.defined() ? source.const_data_ptr<int64_t>() : nullptr;
+      cpu::parallel_for(units, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t u = begin; u < end; ++u) {
+          if (from) {
+            for (int64_t i = u * dim; i < (u + 1) * dim; ++i) {
+              if (from[i] >= 0) out[from[i] * dim + i % dim] = d[i];
+            }
+            continue;
+          }
+          int64_t n = 0;
+          for_rows(at, u, padding_data(padding), [&](int64_t) { ++n; });
+          for_rows(at, u, padding_data(padding), [&](int64_t t) {
+            for (int64_t i = 0; i < dim; ++i) {
+              out[t * dim + i] =
+                  static_cast<scalar_t>(static_cast<cpu::Accumulate<scalar_t>>(d[u * dim + i]) / n);
+            }
+          });
+        }
+      });
+    });
+    return {dx, {}, {}, {}};
+  }
+};
+
+}  // namespace
 
 Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding) {
-  return plain::segment_pool(x, offsets, max, padding);
+  TORCH_CHECK(x.dim() == 2, "segment_pool: x must be [T, D], got ", x.sizes());
+  TORCH_CHECK(offsets.dim() == 1 && offsets.numel() >= 1 && offsets.scalar_type() == at::kLong &&
+                  offsets.device() == x.device(),
+              "segment_pool: offsets must be [U + 1] int64 on ", x.device(), ", got ", offsets.toString(),
+              " ", offsets.sizes());
+  TORCH_CHECK(!padding.defined() ||
+                  (padding.dim() == 1 && padding.size(0) == x.size(0) && padding.scalar_type() == at::kBool),
+              "segment_pool: padding must be [", x.size(0), "] bool, got ", padding.toString(), " ",
+              padding.sizes());
+  if (!x.is_cpu()) return plain::segment_pool(x, offsets, max, padding);
+  const Tensor at = offsets.contiguous();
+  const int64_t *first = at.const_data_ptr<int64_t>(), *end = first + at.numel();
+  TORCH_CHECK(first[0] >= 0 && end[-1] <= x.size(0) && std::is_sorted(first, end),
+              "segment_pool: offsets must rise within [0, ", x.size(0), "], got ", first[0], " to ", end[-1]);
+  return SegmentPool::apply(x.contiguous(), at, max, padding.defined() ? padding.contiguous() : padding);
 }
 
 }  // namespace hymoe::ops

@@ -7,8 +7,8 @@ namespace hymoe::ops {
 using at::Tensor;
 
 struct CrossEntropy {
-  Tensor loss;  ///< scalar fp32: Σ_t token_weights[t]·nll[t], differentiable in h and weight
-  Tensor nll;   ///< [T] fp32, -log softmax(h weightᵀ)[target], detached; 0 where the target is ignored
+  Tensor loss = {};  ///< scalar fp32: Σ_t token_weights[t]·nll[t], differentiable in h and weight
+  Tensor nll = {};   ///< [T] fp32, -log softmax(h weightᵀ)[target], detached; 0 where the target is ignored
 };
 
 /// Cross-entropy of the logits h weightᵀ, which never exist whole: rows go in chunks, and a chunk's share of

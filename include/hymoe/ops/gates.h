@@ -8,10 +8,10 @@ using at::Tensor;
 
 /// What a top-k router decided for each row.
 struct Gates {
-  Tensor ids;            ///< [T, K] int64, best first; of equal scores the lower index first
-  Tensor weights;        ///< [T, K] fp32, differentiable
-  Tensor shared_weight;  ///< [T] fp32, differentiable; undefined unless shared_last
-  Tensor scores;         ///< [T, columns of logits] fp32, softmax or sigmoid over all of them, differentiable
+  Tensor ids = {};            ///< [T, K] int64, best first; of equal scores the lower index first
+  Tensor weights = {};        ///< [T, K] fp32, differentiable
+  Tensor shared_weight = {};  ///< [T] fp32, differentiable; undefined unless shared_last
+  Tensor scores = {};         ///< [T, columns of logits] fp32, softmax or sigmoid over all of them, differentiable
 };
 
 struct GateOptions {

@@ -1,0 +1,96 @@
+#include "hymoe/ops/gates.h"
+
+#include "hymoe/ops/plain.h"
+#include "ops/gradcheck.h"
+
+namespace hymoe::ops {
+namespace {
+
+using namespace hymoe::testing;
+
+TEST(TopkGates, ChoosesTheBestAndNormalises) {
+  const Tensor logits = at::tensor({0.f, 2.f, 1.f, -1.f}).view({1, 4});
+  const Gates g = topk_gates(logits, {.top_k = 2});
+  const Tensor p = at::softmax(logits, -1);
+  EXPECT_TRUE(g.ids.equal(ints({1, 2}).view({1, 2})));
+  expect_close(g.scores, p, 1e-6);
+  expect_close(g.weights.sum(), at::ones({}), 1e-6);
+  expect_close(g.weights[0][0], p[0][1] / (p[0][1] + p[0][2]), 1e-6);
+  EXPECT_FALSE(g.shared_weight.defined());
+  expect_close(topk_gates(logits, {.top_k = 2, .normalize = false}).weights[0],
+               p[0].index_select(0, ints({1, 2})), 1e-6);
+  expect_close(topk_gates(logits, {.top_k = 2, .scale = 2.5}).weights.sum(), at::full({}, 2.5), 1e-6);
+}
+
+TEST(TopkGates, LowerIndexWinsTies) {
+  EXPECT_TRUE(topk_gates(at::zeros({3, 70}), {.top_k = 3}).ids.equal(ints({0, 1, 2}).expand({3, 3})));
+  const Tensor scores = at::randint(0, 5, {500, 12}).to(at::kFloat);
+  EXPECT_TRUE(topk_gates(scores, {.top_k = 6}).ids.equal(plain::topk_ids(at::softmax(scores, -1), 6)));
+}
+
+TEST(TopkGates, SoftmaxAfterTopkEqualsNormalisedSoftmax) {
+  const Tensor logits = at::randn({20, 9});
+  const Gates a = topk_gates(logits, {.top_k = 3, .softmax_after_topk = true}),
+              b = topk_gates(logits, {.top_k = 3});
+  EXPECT_TRUE(a.ids.equal(b.ids));
+  expect_close(a.weights, b.weights, 1e-6);
+}
+
+TEST(TopkGates, BiasMovesTheChoiceNotTheWeight) {
+  const Tensor logits = at::tensor({0.f, 2.f, 1.f}).view({1, 3});
+  const Gates g =
+      topk_gates(logits, {.top_k = 1, .sigmoid = true, .normalize = false}, at::tensor({9.f, 0.f, 0.f}));
+  EXPECT_EQ(g.ids.item<int64_t>(), 0);
+  EXPECT_NEAR(g.weights.item<double>(), 0.5, 1e-6);
+}
+
+TEST(TopkGates, SharedExpertIsAlwaysTakenAndNormalisedWithTheRest) {
+  const Tensor logits = at::randn({50, 6});
+  const Gates g = topk_gates(logits, {.top_k = 2, .shared_last = true});
+  EXPECT_LT(g.ids.max().item<int64_t>(), 5);
+  expect_close(g.weights.sum(1) + g.shared_weight, at::ones({50}), 1e-6);
+  const Tensor p = at::softmax(logits, -1);
+  expect_close(g.shared_weight / g.weights.select(1, 0), p.select(1, 5) / p.gather(1, g.ids).select(1, 0),
+               1e-4);
+}
+
+TEST(TopkGates, GradientsAgreeWithDifferences) {
+  const Tensor logits = leaf({4, 6});
+  for (const bool sigmoid : {false, true}) {
+    for (const bool shared : {false, true}) {
+      const Op op = [&](const Tensors& in) {
+        const Gates g = topk_gates(in[0], {.top_k = 2, .sigmoid = sigmoid, .shared_last = shared});
+        const Tensor both = at::cat({g.weights, g.scores}, 1);
+        return shared ? at::cat({both, g.shared_weight.unsqueeze(1)}, 1) : both;
+      };
+      expect_gradients(op, {logits});
+    }
+  }
+}
+
+TEST(TopkGates, TakesNoRowsAndNan) {
+  EXPECT_EQ(topk_gates(at::zeros({0, 4}), {.top_k = 2}).ids.sizes(), at::IntArrayRef({0, 2}));
+  const Tensor ids = topk_gates(at::full({2, 4}, NAN), {.top_k = 2}).ids;
+  EXPECT_TRUE(ids.equal(ints({0, 1, 0, 1}).view({2, 2})));
+}
+
+TEST(TopkGates, RefusesWrongOptions) {
+  expect_error(
+      [] {
+        topk_gates(at::zeros({2, 4}), {.top_k = 5});
+      },
+      "topk_gates: top_k must be in [1, 4], got 5");
+  expect_error(
+      [] {
+        topk_gates(at::zeros({2, 4}), {.top_k = 4, .shared_last = true});
+      },
+      "top_k must be in [1, 3]");
+  expect_error(
+      [] {
+        topk_gates(at::zeros({2, 4}), {.top_k = 1}, at::zeros({5}));
+      },
+      "topk_gates: selection_bias must be [4], got [5]");
+}
+
+}  // namespace
+}  // namespace hymoe::ops

@@ -1,0 +1,63 @@
+#include "hymoe/ops/segment.h"
+
+#include "hymoe/ops/plain.h"
+#include "ops/gradcheck.h"
+
+namespace hymoe::ops {
+namespace {
+
+using namespace hymoe::testing;
+
+Op pool_op(const Tensor& offsets, bool max, const Tensor& padding = {}) {
+  return [=](const Tensors& in) { return segment_pool(in[0], offsets, max, padding); };
+}
+Op plain_op(const Tensor& offsets, bool max, const Tensor& padding = {}) {
+  return [=](const Tensors& in) { return plain::segment_pool(in[0], offsets, max, padding); };
+}
+
+TEST(SegmentPool, PoolsByHand) {
+  const Tensor x = at::tensor({1.f, 5.f, 3.f, 1.f, -2.f, -4.f}).view({3, 2});
+  const Tensor offsets = ints({0, 2, 2, 3});
+  EXPECT_TRUE(
+      segment_pool(x, offsets, true).equal(at::tensor({3.f, 5.f, 0.f, 0.f, -2.f, -4.f}).view({3, 2})));
+  EXPECT_TRUE(
+      segment_pool(x, offsets, false).equal(at::tensor({2.f, 3.f, 0.f, 0.f, -2.f, -4.f}).view({3, 2})));
+}
+
+TEST(SegmentPool, EqualsThePlainCompositionAndDifferences) {
+  const Tensor offsets = ints({0, 4, 4, 7, 8, 12});
+  const Tensor padding = at::tensor({0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1}).to(at::kBool);
+  for (const bool max : {false, true}) {
+    expect_gradients(pool_op(offsets, max), {leaf({12, 5})});
+    expect_gradients(pool_op(offsets, max, padding), {leaf({12, 5})});
+    expect_same(pool_op(offsets, max), plain_op(offsets, max), {leaf({12, 40}, at::kFloat)}, 1e-6);
+    expect_same(pool_op(offsets, max, padding), plain_op(offsets, max, padding),
+                {leaf({12, 40}, at::kBFloat16)}, 1e-2);
+    const Tensor columns = at::randn({9, 12}).t().set_requires_grad(true);
+    expect_same(pool_op(offsets, max), plain_op(offsets, max), {columns}, 1e-6);
+  }
+}
+
+TEST(SegmentPool, FirstOfEqualMaximaGetsTheGradient) {
+  const Tensor x = at::ones({3, 1}, at::kDouble).set_requires_grad(true);
+  const auto g = gradients(pool_op(ints({0, 3}), true), {x}, at::ones({1, 1}, at::kDouble));
+  EXPECT_TRUE(g[0].equal(at::tensor({1., 0., 0.}, at::kDouble).view({3, 1})));
+}
+
+TEST(SegmentPool, TakesNoRowsAndRefusesWrongInput) {
+  EXPECT_EQ(segment_pool(at::zeros({0, 3}), ints({0}), true).sizes(), at::IntArrayRef({0, 3}));
+  EXPECT_TRUE(segment_pool(at::zeros({0, 3}), ints({0, 0}), false).equal(at::zeros({1, 3})));
+  expect_error(
+      [] {
+        segment_pool(at::zeros({4, 3}), ints({0, 5}), true);
+      },
+      "segment_pool: offsets must rise within [0, 4], got 0 to 5");
+  expect_error(
+      [] {
+        segment_pool(at::zeros({4, 3}), ints({0, 4}), true, at::zeros({4}));
+      },
+      "segment_pool: padding must be [4] bool");
+}
+
+}  // namespace
+}  // namespace hymoe::ops
