@@ -290,7 +290,8 @@ SafetensorsFolder::SafetensorsFolder(const fs::path& path, std::string_view stem
                     "holds both " + single.filename().string() + " and an index of other files");
   }
   for (const std::string& name : file_names) {
-    if (!is_there(path / name)) throw DataError(index.string(), "lists " + quoted(name) + ", which is missing");
+    if (!is_there(path / name))
+      throw DataError(index.string(), "lists " + quoted(name) + ", which is missing");
     add_file(path / name);
   }
   check_index(index, weight_map);
