@@ -33,7 +33,7 @@ struct ExampleBranch {
   static auto fields() {
     return hymoe::fields(
         field("name", &ExampleBranch::name, "unique in its layer"),
-        field("num_experts", &ExampleBranch::num_experts, "size of the pool").one_of({4, 8, 16, 32}),
+        field("num_experts", &ExampleBranch::num_experts, "size of the pool").one_of({1, 4, 8, 16, 32}),
         field("router", &ExampleBranch::router, "where its units go"));
   }
   void check() const {

@@ -108,6 +108,7 @@ TEST(Parse, AliasesOfAliasesEnd) {
 }
 
 TEST(Parse, UnknownKeyNamesTheNearest) {
+  EXPECT_EQ(parse_error("alnugages: []"), "run.yaml:1: alnugages: unknown key, did you mean languages?");
   EXPECT_EQ(parse_error("name: x\nmodel:\n  dmi: 3\n"),
             "run.yaml:3: model.dmi: unknown key, did you mean dim?");
   EXPECT_EQ(parse_error("model:\n  branches:\n    - name: a\n    - router:\n        topk: 1\n"),
@@ -190,7 +191,7 @@ TEST(Parse, LimitsHold) {
   EXPECT_EQ(parse_error("mixture:\n  a: 1\n  b.c: -1"),
             "run.yaml:3: mixture.\"b.c\": wanted at least 0, got -1.0");
   EXPECT_EQ(parse_error("pools: {p: {num_experts: 5}}"),
-            "run.yaml:1: pools.p.num_experts: wanted one of 4, 8, 16, 32, got 5");
+            "run.yaml:1: pools.p.num_experts: wanted one of 1, 4, 8, 16, 32, got 5");
 }
 
 TEST(Parse, RulesOfStructsGetPathAndLine) {
@@ -321,8 +322,8 @@ TEST(Override, MayRepairTheFile) { EXPECT_EQ(parse("model: {dim: 0}", {"model.di
 
 TEST(Override, ForgetsPlacesOfWhatItReplaces) {
   EXPECT_EQ(
-      parse_error("model:\n  branches:\n    - router: {top_k: 9}\n", {"model.branches=[{num_experts: 1}]"}),
-      "command line: model.branches.0.num_experts: wanted one of 4, 8, 16, 32, got 1");
+      parse_error("model:\n  branches:\n    - router: {top_k: 1}\n", {"model.branches=[{num_experts: 1}]"}),
+      "command line: model.branches.0.router.top_k: wanted at most num_experts = 1, got 2");
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ TEST(Describe, NamesEveryKeyWithTypeDefaultAndLimits) {
   EXPECT_EQ(entry_of(entries, "model.branches").type, "list of mappings");
   EXPECT_EQ(entry_of(entries, "model.branches").value, "2 entries");
   EXPECT_EQ(entry_of(entries, "model.extra").value, "null");
-  EXPECT_EQ(entry_of(entries, "model.extra.num_experts").constraint, "one of 4, 8, 16, 32");
+  EXPECT_EQ(entry_of(entries, "model.extra.num_experts").constraint, "one of 1, 4, 8, 16, 32");
   EXPECT_EQ(entry_of(entries, "pools").value, "{}");
   EXPECT_EQ(entry_of(entries, "pools.<name>.router.kind").value, "topk");
 }
