@@ -131,7 +131,8 @@ const Language* find_language(std::string_view name) {
 
 const Language* language_of_file(const std::filesystem::path& path) {
   static const Index index = index_files();
-  auto found = index.find(lower(path.filename().string()));
+  const std::string name = lower(path.filename().string());
+  auto found = name.starts_with('.') ? index.end() : index.find(name);
   if (found == index.end()) found = index.find(lower(path.extension().string()));
   return found == index.end() ? nullptr : found->second;
 }

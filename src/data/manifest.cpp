@@ -9,8 +9,7 @@
 namespace hymoe {
 namespace {
 
-using nlohmann::json;
-using nlohmann::ordered_json;
+using json = nlohmann::ordered_json;  // records of sources keep their order
 
 constexpr int64_t kManifestVersion = 1;
 
@@ -51,15 +50,15 @@ LanguageRecord read_language(const json& record, const std::string& where) {
 
 }  // namespace
 
-ordered_json Manifest::to_json() const {
-  ordered_json all;
+nlohmann::ordered_json Manifest::to_json() const {
+  json all;
   all["format"] = kManifestVersion;
   all["hymoe"] = version;
   all["tokenizer"] = {
       {"path", tokenizer_path}, {"fingerprint", tokenizer_fingerprint}, {"vocab_size", vocab_size}};
-  all["languages"] = ordered_json::object();
+  all["languages"] = json::object();
   for (const auto& [name, language] : languages) {
-    ordered_json splits = ordered_json::object();
+    json splits = json::object();
     for (const auto& [split, record] : language.splits) {
       splits[split] = {{"file", record.file},
                        {"documents", record.documents},
