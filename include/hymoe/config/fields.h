@@ -45,7 +45,7 @@ struct Type {
   Kind kind;
   void (*with_default)(const Edit&);  // calls with a new value that has the type's defaults
 
-  std::vector<FieldInfo> fields = {};         // of a struct
+  std::vector<FieldInfo> fields = {};    // of a struct
   void (*check)(const void*) = nullptr;  // a struct's own check(), if it has one
 
   const Type* element = nullptr;  // of a list, an optional or a map, as are the functions below
