@@ -101,14 +101,13 @@ MoEImpl::MoEImpl(const MoEConfig& config, const Mesh& mesh)
   }
 }
 
-MoEOutput MoEImpl::forward(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 3, "MoE: x without a packing must be [B, S, D], got ", x.sizes());
-  MoEOutput out = forward(x.reshape({-1, x.size(2)}), Packing::of(x.size(0), x.size(1)));
-  out.y = out.y.view_as(x);
-  return out;
-}
-
 MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing) {
+  if (!packing.offsets.defined()) {
+    TORCH_CHECK(x.dim() == 3, "MoE: x without a packing must be [B, S, D], got ", x.sizes());
+    MoEOutput out = forward(x.reshape({-1, x.size(2)}), Packing::of(x.size(0), x.size(1)));
+    out.y = out.y.view_as(x);
+    return out;
+  }
   packing.check(x);
   TORCH_CHECK(x.size(1) == config_.dim, "MoE: x must be [T, ", config_.dim, "], got ", x.sizes());
   const std::vector<Routing> routings = route(x, packing);

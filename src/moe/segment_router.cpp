@@ -50,11 +50,12 @@ Tensor expert_choice(const Tensor& scores, const Tensor& real, double capacity, 
 struct SegmentRouter::Windows {
   Tensor offsets;  // [U + 1]
   Tensor source;   // [U] which vector scores the window: 0 start, 1 + i document i's window of the calls
-                  // before, then the windows of this call
-  Tensor rows;                          // [U] rows that are not padding
-  std::vector<int64_t> document, last;  // documents with rows in this call, their last windows
-  std::vector<int64_t> continued, of_document,
-      held;  // windows begun in calls before, their documents and rows then
+                   // before, then the windows of this call
+  Tensor rows;     // [U] rows that are not padding
+  // Documents with rows in this call, and their last windows.
+  std::vector<int64_t> document, last;
+  // Windows begun in calls before, their documents, and the rows they held then.
+  std::vector<int64_t> continued, of_document, held;
 };
 
 struct SegmentRouter::Decision {

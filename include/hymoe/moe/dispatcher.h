@@ -14,7 +14,7 @@ namespace hymoe {
 struct Dispatched {
   Tensor rows = {};             // [R, D] sorted by expert
   Tensor rows_per_expert = {};  // [E] int64, experts of all branches one after another
-  Tensor weights = {};  // [T, K] fp32, the weight of each row's slots, 0 where a slot is empty; K of all branches
+  Tensor weights = {};  // [T, K] fp32, of each row's slots (K of all branches), 0 where a slot is empty
   ops::Permutation permutation = {};
 };
 

@@ -87,8 +87,8 @@ struct BranchLoad {
 };
 
 struct MoEOutput {
-  Tensor y = {};                      // as x
-  Tensor aux_loss = {};               // scalar fp32, sum over branches, coefficients applied; 0 when there is none
+  Tensor y = {};         // as x
+  Tensor aux_loss = {};  // scalar fp32, sum over branches, coefficients applied; 0 when there is none
   std::vector<BranchLoad> load = {};  // one a branch
 };
 
@@ -109,11 +109,9 @@ class MoEImpl : public torch::nn::Module {
   /// than one.
   explicit MoEImpl(const MoEConfig& config, const Mesh& mesh = {});
 
-  /// x [B, S, D], each batch row a document.
-  MoEOutput forward(const Tensor& x);
-  /// x [T, D], documents as packing says. With packing.state, throws ConfigError for a router that is not
-  /// causal unless its config has allow_noncausal.
-  MoEOutput forward(const Tensor& x, const Packing& packing);
+  /// x [T, D], documents as packing says; or, without a packing, x [B, S, D], each batch row a document. With
+  /// packing.state, throws ConfigError for a router that is not causal unless its config has allow_noncausal.
+  MoEOutput forward(const Tensor& x, const Packing& packing = {});
   /// After an optimizer step: end_step of every router.
   void end_step(const Group& group = {});
 

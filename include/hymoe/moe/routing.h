@@ -38,7 +38,7 @@ class DecodeState {
 struct Packing {
   Tensor offsets = {};  // [N + 1] int64 on the CPU, from 0 to T; a document may be empty
   Tensor padding = {};  // [T] bool on x's device, true where a row means nothing; undefined: nowhere.
-                   // Padding stands at the end of a document.
+                        // Padding stands at the end of a document.
   DecodeState* state = nullptr;  // set while decoding; then there is no padding
 
   /// `batch` documents of seq_len rows each.
@@ -51,12 +51,12 @@ struct Packing {
 
 /// What a router hands over. A unit is a run of consecutive rows of one document that go the same way.
 struct Routing {
-  Tensor expert_ids = {};  // [U, K] int64, -1 = no expert
-  Tensor weights = {};     // [U, K] fp32, differentiable, 0 where the id is -1
-  Tensor offsets = {};  // [U + 1] int64 on x's device, unit u is rows offsets[u]..offsets[u + 1]; undefined: U = T
-  Tensor
-      shared_weight;  // [U] fp32; undefined (= 1) unless the shared expert is in the router's normalisation
-  Tensor aux_loss = {};    // scalar fp32, coefficients applied; or undefined
+  Tensor expert_ids = {};     // [U, K] int64, -1 = no expert
+  Tensor weights = {};        // [U, K] fp32, differentiable, 0 where the id is -1
+  Tensor offsets = {};        // [U + 1] int64 on x's device, unit u is rows offsets[u]..offsets[u + 1];
+                              // undefined: every row is a unit
+  Tensor shared_weight = {};  // [U] fp32; undefined (= 1) unless the shared expert is in the normalisation
+  Tensor aux_loss = {};       // scalar fp32, coefficients applied; or undefined
 };
 
 }  // namespace hymoe
