@@ -16,6 +16,7 @@
 
 #include "data/filters.h"
 #include "data/parallel.h"
+#include "data/prepare_config.h"
 #include "data/sources.h"
 
 namespace hymoe {
@@ -25,6 +26,8 @@ namespace fs = std::filesystem;
 
 constexpr int64_t kBlockBytes = 4 << 20;   // a thread
 constexpr int64_t kBlockDocuments = 4096;  // a thread
+
+constexpr const char* kChanged = "changed while it was read";
 
 /// 128 bits of the SHA-256 of a document's text.
 struct ContentHash {
@@ -100,24 +103,6 @@ class Preparation {
   PrepareReport report_;
 };
 
-void check_output(const PrepareConfig& config) {
-  const fs::path output = config.output;
-  if (!fs::exists(output) || (fs::is_directory(output) && fs::is_empty(output))) return;
-  if (!fs::exists(output / Manifest::kFileName)) {
-    throw DataError(config.output, "is there already and no folder that `hymoe prepare` wrote; not replaced");
-  }
-  if (!config.overwrite) throw DataError(config.output, "is there already; overwrite: true replaces it");
-}
-
-// The config with languages by their canonical names.
-PrepareConfig normalized(PrepareConfig config) {
-  for (std::string& name : config.languages) name = normalize_language(name, "languages");
-  std::map<std::string, std::string> tags;
-  for (const auto& [name, tag] : config.tags) tags[normalize_language(name, "tags")] = tag;
-  config.tags = std::move(tags);
-  return config;
-}
-
 Preparation::Preparation(const PrepareConfig& config, const PrepareProgress& progress)
     : config_(normalized(config)),
       progress_(progress),
@@ -126,8 +111,9 @@ Preparation::Preparation(const PrepareConfig& config, const PrepareProgress& pro
   if (!tokenizer_.eos_id()) {
     throw DataError(config.tokenizer, "the tokenizer names no end-of-text token, which ends every document");
   }
-  check_output(config_);
-  output_.emplace(fs::path(config_.output));
+  const fs::path output = config_.output;
+  if (fs::is_directory(output.parent_path())) remove_abandoned(output.parent_path());
+  output_.emplace(output);
 }
 
 PrepareReport Preparation::run() {
@@ -317,7 +303,7 @@ void Preparation::encode() {
   for (const Entry& entry : entries_) total += entry.language >= 0 ? entry.bytes : 0;
   in_blocks(
       [&](const RawDocument& raw, size_t i) {
-        if (i >= entries_.size()) throw DataError(raw.where(), "the file changed while it was read");
+        if (i >= entries_.size()) throw DataError(raw.where(), kChanged);
         return entries_[i].language >= 0;
       },
       [&](const RawDocument& raw, size_t i) { return encode_document(raw, entries_[i]); },
@@ -326,12 +312,13 @@ void Preparation::encode() {
         done += entries_[i].bytes;
         tell("encode", done, total);
       });
+  if (done != total) throw DataError(config_.sources.front().path, kChanged);
 }
 
 std::vector<int32_t> Preparation::encode_document(const RawDocument& raw, const Entry& entry) const {
   const Document document = read_document(raw, config_.filters.max_bytes);
   if (!document.rejected.empty() || content_hash(document.text) != entry.hash) {
-    throw DataError(raw.where(), "the file changed while it was read");
+    throw DataError(raw.where(), kChanged);
   }
   const std::string& tag = report_.manifest.languages.at(names_[entry.language]).tag;
   std::vector<int32_t> ids = tokenizer_.encode(tag.empty() ? document.text : tag + "\n" + document.text);
@@ -389,40 +376,21 @@ nlohmann::ordered_json Preparation::source_records() const {
         record["sha256"][name] = sha256_file(file.path);
       }
     }
-    if (!source.records.is_null()) record["records"] = source.records;
     records.push_back(std::move(record));
+  }
+  std::set<fs::path> told;
+  for (const Source& source : sources_) {
+    if (source.records_path.empty() || !told.insert(source.records_path).second) continue;
+    records.push_back(
+        {{"path", source.records_path.string()}, {"format", "records"}, {"records", source.records}});
   }
   return records;
 }
 
 }  // namespace
 
-void SourceConfig::check() const {
-  if (path.empty()) throw ConfigError("path", "a folder or file was wanted, it is empty");
-  if (!language.empty() && !language_field.empty()) {
-    throw ConfigError("language_field", "language and language_field exclude each other, got both");
-  }
-}
-
-void FilterConfig::check() const {
-  if (max_bytes < min_bytes) {
-    throw ConfigError("max_bytes", "must be at least min_bytes " + std::to_string(min_bytes) + ", got " +
-                                       std::to_string(max_bytes));
-  }
-}
-
-void PrepareConfig::check() const {
-  for (const auto& [name, tag] : tags) {
-    if (tag.find('\n') != std::string::npos) throw ConfigError("tags." + name, "a tag is one line");
-  }
-}
-
 PrepareReport prepare(const PrepareConfig& config, const PrepareProgress& progress) {
-  check_config(config);
-  if (config.output.empty()) throw ConfigError("output", "a folder to write was wanted, it is empty");
-  if (config.tokenizer.empty())
-    throw ConfigError("tokenizer", "a tokenizer.json or its folder was wanted, it is empty");
-  if (config.sources.empty()) throw ConfigError("sources", "at least one source was wanted, there is none");
+  check_request(config);
   return Preparation(config, progress).run();
 }
 

@@ -69,13 +69,17 @@ int64_t file_bytes(const fs::path& path) {
   return static_cast<int64_t>(bytes);
 }
 
-nlohmann::ordered_json package_records(const fs::path& folder) {
-  const fs::path path = folder / "sources.json";
-  if (!fs::exists(path)) return nullptr;
-  try {
-    return nlohmann::ordered_json::parse(read_text(path));
-  } catch (const nlohmann::json::exception& error) {
-    throw DataError(path.string(), std::string("this is no JSON: ") + error.what());
+// Finds what is recorded of where a folder's files come from.
+void read_records(Source& source, const fs::path& folder) {
+  for (const fs::path& path : {folder / "sources.json", folder / ".." / "sources.json"}) {
+    if (!fs::is_regular_file(path)) continue;
+    source.records_path = path.lexically_normal();
+    try {
+      source.records = nlohmann::ordered_json::parse(read_text(path));
+    } catch (const nlohmann::json::exception& error) {
+      throw DataError(source.records_path.string(), std::string("this is no JSON: ") + error.what());
+    }
+    return;
   }
 }
 
@@ -108,7 +112,7 @@ void parse_line(const RawDocument& raw, Document& document) {
 
 Source open_source(const SourceConfig& config, const std::vector<std::string>& languages,
                    std::map<std::string, int64_t>& skipped) {
-  Source source{.config = config, .format = config.format, .files = {}, .records = nullptr};
+  Source source{.config = config, .format = config.format, .files = {}, .records_path = {}, .records = {}};
   if (!config.language.empty()) source.config.language = normalize_language(config.language, config.path);
   const fs::path path = config.path;
   std::error_code error;
@@ -124,7 +128,7 @@ Source open_source(const SourceConfig& config, const std::vector<std::string>& l
   if (folder) {
     paths.clear();
     walk(path, paths);
-    source.records = package_records(path);
+    read_records(source, path);
   }
   for (const fs::path& file : paths) {
     std::string language = source.config.language;

@@ -25,7 +25,8 @@ struct Source {
   SourceConfig config;
   std::string format;  // folder, jsonl or text
   std::vector<SourceFile> files;
-  nlohmann::ordered_json records;  // sources.json of the folder (packages, licences), or null
+  std::filesystem::path records_path;  // sources.json in the folder or the one above it, or empty
+  nlohmann::ordered_json records;      // what it says of packages and licences
 };
 
 /// Finds the files of a source, folders in the order of names; hidden files and folders, version control's

@@ -325,20 +325,52 @@ TEST(Prepare, TextThatLooksLikeAnEndOfTextStaysText) {
 
 TEST(Prepare, PackageRecordsArePassedThrough) {
   Corpus corpus;
-  corpus.add("a.py", "a\n");
-  const nlohmann::json records = {{"packages", {{{"name", "python3-x"}, {"licence", "MIT"}}}}};
+  corpus.add("one/a.py", "a\n");
+  corpus.add("two/b.py", "b\n");
+  const nlohmann::ordered_json records = {{"packages", {{{"name", "python3-x"}, {"licence", "MIT"}}}}};
   corpus.add("sources.json", records.dump());
-  prepare(corpus.config());
-  const nlohmann::ordered_json source = read_manifest(corpus / "out").sources[0];
-  EXPECT_EQ(nlohmann::json(source["records"]), records);
-  EXPECT_EQ(source["files"], 1);
+  PrepareConfig config = corpus.config();
+  config.sources = {{.path = corpus.path("src/one")}, {.path = corpus.path("src/two")}};
+  for (int i = 0; i < 2; ++i) {
+    prepare(config);
+    const nlohmann::ordered_json sources = read_manifest(corpus / "out").sources;
+    ASSERT_EQ(sources.size(), config.sources.size() + 1) << "the records of a folder above stand once";
+    EXPECT_EQ(sources[0]["files"], config.sources.size() == 2 ? 1 : 2);
+    EXPECT_EQ(sources.back()["path"], corpus.path("src/sources.json"));
+    EXPECT_EQ(sources.back()["records"], records);
+    config.sources = {{.path = corpus.path("src")}};
+    config.overwrite = true;
+  }
   corpus.add("sources.json", "{");
-  EXPECT_TRUE(holds(message_of<Error>([&] {
-                      PrepareConfig config = corpus.config();
-                      config.output = corpus.path("other");
-                      prepare(config);
-                    }),
-                    "src/sources.json: this is no JSON"));
+  EXPECT_TRUE(holds(failure(config), "src/sources.json: this is no JSON"));
+}
+
+TEST(Prepare, FilesThatChangeMeanwhileAreNoticed) {
+  Corpus corpus;
+  for (const std::string text : {"{\"text\": \"a\"}\n{\"text\": \"x\"}\n", "{\"text\": \"a\"}\n",
+                                 "{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"text\": \"c\"}\n"}) {
+    put(corpus / "x.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\"}\n");
+    PrepareConfig config = corpus.config();
+    config.sources = {{.path = corpus.path("x.jsonl")}};
+    const std::string what = message_of<DataError>([&] {
+      prepare(config, [&](const std::string& phase, int64_t, int64_t) {
+        if (phase == "scan") put(corpus / "x.jsonl", text);
+      });
+    });
+    EXPECT_TRUE(holds(what, "changed while it was read")) << text;
+    EXPECT_FALSE(fs::exists(corpus / "out"));
+  }
+}
+
+TEST(Prepare, AFullDiskLeavesNothingBehind) {
+  const SmallDisk disk("size=64k");
+  if (!disk.mounted()) GTEST_SKIP() << "this user may not mount a small disk";
+  Corpus corpus;
+  corpus.add("a.txt", std::string(80000, 'x'));
+  PrepareConfig config = corpus.config();
+  config.output = (disk / "out").string();
+  EXPECT_TRUE(holds(failure(config), "No space left"));
+  EXPECT_TRUE(fs::is_empty(disk.path()));
 }
 
 TEST(Prepare, AnEmptyCorpusSaysWhatWasLeftOut) {
