@@ -23,6 +23,12 @@ inline nlohmann::json read_json(const std::filesystem::path& file) {
   }
 }
 
+/// For messages that quote a file: tokens may hold line ends.
+inline std::string one_line(std::string text) {
+  for (char& c : text) c = static_cast<unsigned char>(c) < ' ' ? ' ' : c;
+  return text;
+}
+
 /// A value in a JSON file that knows where it stands; what it is asked for and is not is a DataError
 /// "file: path.to.value: wanted an object, got array".
 class JsonNode {
@@ -31,7 +37,7 @@ class JsonNode {
       : value_(&value), file_(&file), path_(std::move(path)) {}
 
   [[noreturn]] void fail(const std::string& text) const {
-    throw DataError(*file_, path_.empty() ? text : path_ + ": " + text);
+    throw DataError(*file_, one_line(path_.empty() ? text : path_ + ": " + text));
   }
   const std::string& path() const { return path_; }
   const nlohmann::json& value() const { return *value_; }

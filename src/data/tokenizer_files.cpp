@@ -75,7 +75,7 @@ size_t split_by_ranks(std::string_view token, int64_t rank,
 }  // namespace
 
 void VocabularyBuilder::fail(const std::string& where, const std::string& text) const {
-  throw DataError(file_, where.empty() ? text : where + ": " + text);
+  throw DataError(file_, one_line(where.empty() ? text : where + ": " + text));
 }
 
 void VocabularyBuilder::add_token(const std::string& token, int64_t id, const std::string& where) {
@@ -147,7 +147,8 @@ TokenizerSpec read_gpt2_files(const std::filesystem::path& vocab, const std::fil
   TokenizerSpec spec;
   VocabularyBuilder builder(vocab.string(), spec);
   for (const auto& [token, id] : tokens.items()) {
-    if (!id.is_number_integer()) throw DataError(vocab.string(), "id of \"" + token + "\" is no integer");
+    if (!id.is_number_integer())
+      throw DataError(vocab.string(), one_line("id of \"" + token + "\" is no integer"));
     builder.add_token(token, id.get<int64_t>(), "");
   }
   const std::string text = read_text(merges);

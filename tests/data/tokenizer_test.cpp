@@ -291,6 +291,7 @@ TEST_F(TokenizerTest, MalformedOrUnsupported) {
       {"/model/unk_token", "none", "model.unk_token: \"none\" is not in the vocabulary"},
       {"/model/vocab", json::array(), "model.vocab: wanted an object, got array"},
       {"/model/vocab/ab", "x", "model.vocab: id of \"ab\" is no integer"},
+      {"/model/vocab/a\nb", "x", "model.vocab: id of \"a b\" is no integer"},
       {"/model/vocab/ab", -1, "id of \"ab\": wanted 0 to 16777215, got -1"},
       {"/model/vocab/ab", 1 << 30, "got 1073741824"},
       {"/model/vocab/ab", 97, "model.vocab: id 97 is given to both"},
