@@ -14,11 +14,11 @@ void add_tokenize(CLI::App& program) {
   auto tokenizer_path = std::make_shared<std::string>();
   auto input = std::make_shared<std::string>();
   auto output = std::make_shared<std::string>();
-  auto special = std::make_shared<bool>(false);
+  auto plain = std::make_shared<bool>(false);
   command->add_option("tokenizer", *tokenizer_path, "tokenizer.json, or a folder that holds it")->required();
   command->add_option("--input", *input, "JSON lines with {\"text\"}")->required();
   command->add_option("--output", *output, "file for {\"ids\"} lines; standard output without it");
-  command->add_flag("--allow-special", *special, "recognise special tokens in the texts");
+  command->add_flag("--no-special", *plain, "split special tokens in the texts like other text");
   command->callback([=] {
     const Tokenizer tokenizer = Tokenizer::load(*tokenizer_path);
     OutputFile out(*output);
@@ -30,7 +30,7 @@ void add_tokenize(CLI::App& program) {
       const std::string text = text_of(record, lines.where());
       ids.clear();
       const auto start = std::chrono::steady_clock::now();
-      tokenizer.encode(text, ids, *special);
+      tokenizer.encode(text, ids, !*plain);
       seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       bytes += static_cast<int64_t>(text.size());
       out.write(nlohmann::ordered_json{{"ids", ids}});

@@ -37,7 +37,7 @@ upcycle() {
   if [[ -f $work/upcycled/receipt.json ]]; then
     echo "$work/upcycled: there already"
   else
-    "$hymoe" upcycle "$work/smollm2" "$work/upcycled" --config configs/quickstart-upcycle.yaml
+    "$hymoe" upcycle "$work/smollm2" "$work/upcycled" configs/quickstart-upcycle.yaml
   fi
 }
 

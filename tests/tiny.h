@@ -61,9 +61,10 @@ inline void write_corpus(const fs::path& folder, const fs::path& tokenizer) {
   for (int i = 0; i < 300; ++i) {
     const std::string n = std::to_string(i * 7919 % 997);
     fs::create_directories(folder / "source");
-    std::ofstream(folder / "source" / ("f" + std::to_string(i) + ".rs"))
+    const fs::path file = folder / "source" / std::to_string(i);
+    std::ofstream(fs::path(file).replace_extension("rs"))
         << "fn add_" << n << "(value: u64) -> u64 {\n    value + " << n << "\n}\n";
-    std::ofstream(folder / "source" / ("f" + std::to_string(i) + ".rb"))
+    std::ofstream(fs::path(file).replace_extension("rb"))
         << "def add_" << n << "(value)\n  value + " << n << "\nend\n";
   }
   PrepareConfig config;

@@ -24,7 +24,7 @@ TextScore score_text(Transformer& model, const Tokenizer& tokenizer, std::string
   check_vocabulary(model, tokenizer);
   const torch::NoGradGuard no_grad;
   const EvaluationMode evaluation(model);
-  const std::vector<int32_t> encoded = tokenizer.encode(text);
+  const std::vector<int32_t> encoded = tokenizer.encode(text, /*allow_special=*/true);
   TextScore score;
   score.ids.assign(encoded.begin(), encoded.end());
   score.bytes = static_cast<int64_t>(text.size());

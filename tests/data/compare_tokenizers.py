@@ -83,7 +83,7 @@ def hymoe_ids(program, tokenizer, texts, allow_special):
         target = pathlib.Path(folder, "ids.jsonl")
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         command = [program, "tokenize", tokenizer, "--input", source, "--output", target]
-        command += ["--allow-special"] if allow_special else []
+        command += [] if allow_special else ["--no-special"]
         done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
         speed = re.search(r"([\d.]+) MB/s", done.stderr)
         ids = [json.loads(line)["ids"] for line in target.read_text().splitlines()]
