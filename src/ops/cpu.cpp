@@ -16,7 +16,7 @@ void parallel_for(int64_t n, int64_t grain, c10::function_ref<void(int64_t, int6
   }
   // ATen's iterator runs on the threads that LibTorch was built with; its elements serve as indices only.
   Tensor index = at::empty({n}, at::kByte);
-  auto elements = at::TensorIteratorConfig().add_output(index).build();
+  auto elements = at::TensorIterator::nullary_op(index);
   const char* first = static_cast<const char*>(index.const_data_ptr());
   elements.for_each(
       [&](char** data, const int64_t*, int64_t size, int64_t repeats) {

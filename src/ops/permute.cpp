@@ -6,6 +6,7 @@
 #include <ATen/Dispatch.h>
 
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "hymoe/ops/plain.h"
@@ -94,6 +95,7 @@ struct Permute : Function<Permute> {
   }
 };
 
+// Those not wanted are undefined.
 struct UnpermuteGradients {
   Tensor rows, weights, base, base_weight;
 };
@@ -130,26 +132,30 @@ void unpermute_backward(const Tensor& dy, const Tensor& rows, const Tensor& weig
 }
 
 struct Unpermute : Function<Unpermute> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& weights, const Tensor& base,
-                        const Tensor& base_weight, const Tensor& slot_row) {
-    ctx->save_for_backward({rows, weights, base, base_weight, slot_row});
-    return gather_sum(rows, weights, slot_row, base, base_weight);
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const std::optional<Tensor>& weights,
+                        const std::optional<Tensor>& base, const std::optional<Tensor>& base_weight,
+                        const Tensor& slot_row) {
+    const auto or_none = [](const std::optional<Tensor>& x) { return x.value_or(Tensor()); };
+    ctx->save_for_backward({rows, or_none(weights), or_none(base), or_none(base_weight), slot_row});
+    return gather_sum(rows, or_none(weights), slot_row, or_none(base), or_none(base_weight));
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &rows = saved[0], &weights = saved[1], &base = saved[2], &base_weight = saved[3];
     const Tensor dy = gradients[0].contiguous();
-    const auto like = [&](size_t i) {
-      const bool wanted = saved[i].defined() && ctx->needs_input_grad(i);
-      return wanted ? cpu::empty(saved[i].sizes(), saved[i].options()) : Tensor();
-    };
-    UnpermuteGradients out{like(0), like(1), base_weight.defined() ? like(2) : Tensor(), like(3)};
+    size_t edge = 0;  // Inputs that were left out have none.
+    Tensor wanted[4];
+    for (int i = 0; i < 4; ++i) {
+      if (!saved[i].defined() || !ctx->needs_input_grad(edge++)) continue;
+      // Without a base_weight base comes in with factor 1: its gradient is dy itself.
+      wanted[i] = i == 2 && !base_weight.defined() ? dy : cpu::empty(saved[i].sizes(), saved[i].options());
+    }
+    UnpermuteGradients out{wanted[0], wanted[1], base_weight.defined() ? wanted[2] : Tensor(), wanted[3]};
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "unpermute", [&] {
       unpermute_backward<scalar_t>(dy, rows, weights, saved[4], base, base_weight, out);
     });
-    if (base.defined() && !base_weight.defined()) out.base = dy;  // Its factor is 1.
-    return {out.rows, out.weights, out.base, out.base_weight, {}};
+    return {wanted[0], wanted[1], wanted[2], wanted[3], {}};
   }
 };
 

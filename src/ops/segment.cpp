@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "hymoe/ops/plain.h"
@@ -34,7 +35,8 @@ const bool* padding_data(const Tensor& padding) {
 // Mean: y = Σ x / n, dx = dy / n. Max: dx of the row it came from is dy.
 struct SegmentPool : Function<SegmentPool> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& offsets, bool max,
-                        const Tensor& padding) {
+                        const std::optional<Tensor>& left_out) {
+    const Tensor padding = left_out.value_or(Tensor());
     const int64_t units = offsets.size(0) - 1, dim = x.size(1);
     Tensor y = cpu::empty({units, dim}, x.options()), source;
     if (max) source = at::empty({units, dim}, offsets.options());
@@ -123,7 +125,8 @@ Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tens
   const int64_t *first = at.const_data_ptr<int64_t>(), *end = first + at.numel();
   TORCH_CHECK(first[0] >= 0 && end[-1] <= x.size(0) && std::is_sorted(first, end),
               "segment_pool: offsets must rise within [0, ", x.size(0), "], got ", first[0], " to ", end[-1]);
-  return SegmentPool::apply(x.contiguous(), at, max, padding.defined() ? padding.contiguous() : padding);
+  return SegmentPool::apply(x.contiguous(), at, max,
+                            padding.defined() ? std::optional<Tensor>(padding.contiguous()) : std::nullopt);
 }
 
 }  // namespace hymoe::ops

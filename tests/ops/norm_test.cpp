@@ -1,5 +1,7 @@
 #include "hymoe/ops/norm.h"
 
+#include <ATen/Parallel.h>
+
 #include "hymoe/ops/plain.h"
 #include "hymoe/ops/rotary.h"
 #include "ops/gradcheck.h"
