@@ -86,16 +86,19 @@ double read_rope_theta(const ConfigFile& file) {
     const json* rope = file.find(key);
     if (rope == nullptr) continue;
     if (!rope->is_object()) file.fail(key, "expected an object, got " + rope->dump());
+    const std::string prefix = std::string(key) + ".";
+    for (const char* name : {"rope_type", "type"}) {
+      const json type = rope->value(name, json("default"));
+      if (type != "default") file.fail(prefix + name, "only \"default\" is implemented, got " + type.dump());
+    }
     for (const auto& [name, value] : rope->items()) {
-      const std::string path = std::string(key) + "." + name;
       if (name == "rope_theta") {
-        const double here = file.as<double>(path, value);
-        if (theta && *theta != here) file.fail(path, "is " + value.dump() + ", rope_theta is another");
+        const double here = file.as<double>(prefix + name, value);
+        if (theta && *theta != here)
+          file.fail(prefix + name, "is " + value.dump() + ", rope_theta is another");
         theta = here;
-      } else if (name == "rope_type" || name == "type") {
-        if (value != "default") file.fail(path, "only \"default\" is implemented, got " + value.dump());
-      } else if (name != "partial_rotary_factor" || value != 1.0) {
-        file.fail(path, "is not implemented, got " + value.dump());
+      } else if (name != "rope_type" && name != "type" && (name != "partial_rotary_factor" || value != 1.0)) {
+        file.fail(prefix + name, "is not implemented, got " + value.dump());
       }
     }
   }

@@ -135,6 +135,7 @@ std::vector<WrittenFile> write_pretrained(const Transformer& model, const std::f
 
 void save_pretrained(const Transformer& model, const std::filesystem::path& dir,
                      const std::filesystem::path& tokenizer_dir) {
+  if (dir.has_parent_path()) std::filesystem::create_directories(dir.parent_path());
   AtomicDirectory directory(dir);
   write_pretrained(model, directory.folder(), tokenizer_dir);
   directory.commit();

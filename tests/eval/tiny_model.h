@@ -77,7 +77,7 @@ inline Transformer tiny_model(int64_t max_seq_len = 64, double scale = 0.5) {
       .max_seq_len = max_seq_len,
       .moe_layers = {1},
       .moe = {.shared = {.hidden = 16},
-              .branches = {{.name = "token", .num_experts = 3, .hidden = 8, .router = {.top_k = 1}},
+              .branches = {{.name = "token", .num_experts = 3, .hidden = 8, .router = {.top_k = 2}},
                            {.name = "segment",
                             .num_experts = 2,
                             .hidden = 8,

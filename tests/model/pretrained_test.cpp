@@ -1,0 +1,235 @@
+#include "hymoe/model/pretrained.h"
+
+#include <ATen/ops/randint.h>
+#include <ATen/ops/zeros.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/grad_mode.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "hymoe/config/config.h"
+#include "hymoe/config/error.h"
+#include "hymoe/io/file.h"
+
+namespace hymoe {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+ModelConfig tiny_config(bool hybrid) {
+  ModelConfig config{.vocab_size = 40,
+                     .dim = 16,
+                     .num_layers = 2,
+                     .num_heads = 2,
+                     .num_kv_heads = 1,
+                     .head_dim = 8,
+                     .hidden = 24,
+                     .bos_token_id = 1,
+                     .eos_token_ids = {2, 3}};
+  if (hybrid) {
+    config.tie_embeddings = false;
+    config.family = "qwen2";
+    config.moe_layers = {1};
+    config.moe = {
+        .shared = {.hidden = 24},
+        .branches = {{.name = "token", .num_experts = 3, .hidden = 8, .router = {.top_k = 2}},
+                     {.name = "segment", .num_experts = 2, .hidden = 8, .router = {.kind = "segment"}}}};
+  }
+  return config;
+}
+
+class Pretrained : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string name = (fs::temp_directory_path() / "hymoe_pretrained_XXXXXX").string();
+    folder_ = mkdtemp(name.data());
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  fs::path save(const std::string& name, bool hybrid = false) const {
+    save_pretrained(Transformer(tiny_config(hybrid)), folder_ / name);
+    return folder_ / name;
+  }
+
+  fs::path folder_;
+};
+
+void expect_equal_models(const Transformer& a, const Transformer& b) {
+  const auto compare = [](const auto& left, const auto& right) {
+    ASSERT_EQ(left.size(), right.size());
+    for (const auto& item : left) EXPECT_TRUE(item.value().equal(right[item.key()])) << item.key();
+  };
+  compare(a->named_parameters(), b->named_parameters());
+  compare(a->named_buffers(), b->named_buffers());
+  EXPECT_EQ(to_json(a->config()), to_json(b->config()));
+}
+
+TEST_F(Pretrained, RoundTripIsExact) {
+  for (const bool hybrid : {false, true}) {
+    Transformer model(tiny_config(hybrid));
+    if (hybrid) {  // calibrated cut-offs are part of the checkpoint
+      model->hidden(at::randint(40, {200}, at::kLong), Packing::of(1, 200));
+      model->end_step();
+    }
+    const fs::path dir = folder_ / (hybrid ? "hybrid" : "dense");
+    save_pretrained(model, dir);
+    expect_equal_models(model, load_pretrained(dir));
+    Transformer other(tiny_config(hybrid));
+    load_weights(other, dir);
+    expect_equal_models(model, other);
+  }
+}
+
+TEST_F(Pretrained, HybridConfigIsWholeUnderModel) {
+  const json config = json::parse(read_text(save("m", true) / "config.json"));
+  EXPECT_EQ(config["model_type"], "hymoe");
+  EXPECT_EQ(config["model"]["moe"]["branches"][1]["router"]["kind"], "segment");
+  EXPECT_EQ(config["model"]["moe"]["dim"], 16);
+}
+
+TEST_F(Pretrained, BuffersKeepTheirTypeInBfloat16) {
+  Transformer model = load_pretrained(save("m", true), at::kCPU, at::kBFloat16);
+  for (const auto& item : model->named_parameters()) EXPECT_EQ(item.value().scalar_type(), at::kBFloat16);
+  EXPECT_EQ(model->named_buffers()["model.layers.1.mlp.segment.router.cutoff"].scalar_type(), at::kFloat);
+  save_pretrained(model, folder_ / "bf16");
+  const SafetensorsFolder files(folder_ / "bf16");
+  EXPECT_EQ(files.info("lm_head.weight").dtype, at::kBFloat16);
+  EXPECT_EQ(json::parse(read_text(folder_ / "bf16" / "config.json"))["dtype"], "bfloat16");
+  expect_equal_models(model, load_pretrained(folder_ / "bf16", at::kCPU, at::kBFloat16));
+}
+
+TEST_F(Pretrained, TokenizerFilesComeAlong) {
+  write_file_atomic(folder_ / "tokenizer.json", "{}");
+  write_file_atomic(folder_ / "other.json", "{}");
+  save_pretrained(Transformer(tiny_config(false)), folder_ / "m", folder_);
+  EXPECT_TRUE(fs::exists(folder_ / "m" / "tokenizer.json"));
+  EXPECT_FALSE(fs::exists(folder_ / "m" / "other.json"));
+}
+
+// Writes the tensors of a folder anew, changed.
+void rewrite(const fs::path& dir, const std::function<void(NamedTensors&)>& change) {
+  NamedTensors tensors;
+  {
+    const SafetensorsFolder files(dir);
+    for (const std::string& name : files.names()) tensors.emplace_back(name, files.tensor(name).clone());
+  }
+  change(tensors);
+  write_safetensors(dir / "model.safetensors", tensors);
+}
+
+void expect_load_fails(const fs::path& dir, const std::vector<std::string>& words) {
+  try {
+    load_pretrained(dir);
+    ADD_FAILURE() << "no error; wanted " << words.front();
+  } catch (const Error& e) {
+    const std::string what = e.what();
+    EXPECT_NE(what.find(dir.string()), std::string::npos) << what;
+    EXPECT_EQ(what.find('\n'), std::string::npos) << what;
+    for (const std::string& word : words) EXPECT_NE(what.find(word), std::string::npos) << what;
+  }
+}
+
+TEST_F(Pretrained, BadTensorsAreNamed) {
+  struct Case {
+    std::function<void(NamedTensors&)> change;
+    std::vector<std::string> words;
+  };
+  const auto find = [](NamedTensors& tensors, const std::string& name) {
+    return std::find_if(tensors.begin(), tensors.end(), [&](const auto& t) { return t.first == name; });
+  };
+  const std::string norm = "model.norm.weight";
+  const Case cases[] = {
+      {[&](NamedTensors& t) { t.erase(find(t, norm)); }, {"1 tensors missing: " + norm}},
+      {[&](NamedTensors& t) { t.emplace_back("model.extra", at::zeros({2})); }, {"has not: model.extra"}},
+      {[&](NamedTensors& t) { find(t, norm)->second = at::zeros({15}); }, {norm, "[16]", "[15]"}},
+      {[&](NamedTensors& t) { find(t, norm)->second = at::zeros({16}, at::kLong); }, {norm, "Long"}},
+      {[&](NamedTensors& t) { find(t, norm)->first = "model.norms.weight"; },
+       {"missing: " + norm, "model.norms.weight"}},
+      {[&](NamedTensors& t) {
+         t.emplace_back("lm_head.weight", at::zeros({40, 16}));
+       },
+       {"lm_head.weight", "differs from model.embed_tokens.weight"}},
+      {[&](NamedTensors& t) { t.erase(t.begin(), t.begin() + 8); }, {"8 tensors missing", "and 3 more"}},
+  };
+  for (const Case& c : cases) {
+    const fs::path dir = save("m");
+    rewrite(dir, c.change);
+    expect_load_fails(dir, c.words);
+  }
+}
+
+TEST_F(Pretrained, TiedHeadThatEqualsTheEmbeddingIsFine) {
+  const fs::path dir = save("m");
+  rewrite(dir, [](NamedTensors& tensors) {
+    for (const auto& [name, value] : NamedTensors(tensors)) {
+      if (name == "model.embed_tokens.weight") tensors.emplace_back("lm_head.weight", value.clone());
+    }
+  });
+  EXPECT_NO_THROW(load_pretrained(dir));
+}
+
+TEST_F(Pretrained, BadConfigsAreNamed) {
+  struct Case {
+    std::string key;
+    json value;
+    std::vector<std::string> words;
+  };
+  const Case cases[] = {
+      {"model_type", "gpt2", {"model_type", "llama, qwen2, hymoe"}},
+      {"model_type", nullptr, {"model_type", "missing"}},
+      {"vocab_size", "many", {"vocab_size", "integer"}},
+      {"hidden_size", nullptr, {"hidden_size", "missing"}},
+      {"num_key_value_heads", 3, {"num_kv_heads"}},
+      {"num_hidden_layers", 0, {"num_layers"}},
+      {"hidden_act", "gelu", {"hidden_act", "silu", "gelu"}},
+      {"attention_bias", true, {"attention_bias"}},
+      {"mlp_bias", true, {"mlp_bias"}},
+      {"rope_theta", 7.0, {"rope_parameters.rope_theta"}},
+      {"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}, {"rope_scaling.", "linear"}},
+      {"rope_parameters",
+       {{"rope_type", "llama3"}, {"rope_theta", 10000.0}},
+       {"rope_parameters.rope_type", "llama3"}},
+      {"sliding_window", 1024, {"sliding_window"}},
+      {"use_sliding_window", true, {"use_sliding_window"}},
+      {"layer_types", {"full_attention", "sliding_attention"}, {"layer_types", "sliding_attention"}},
+      {"quantization_config", {{"bits", 4}}, {"quantization_config"}},
+      {"attention_dropout", 0.1, {"attention_dropout"}},
+      {"rope_interleaved", true, {"rope_interleaved"}},
+      {"partial_rotary_factor", 0.5, {"partial_rotary_factor"}},
+  };
+  for (const Case& c : cases) {
+    const fs::path dir = save("m");
+    json config = json::parse(read_text(dir / "config.json"));
+    config[c.key] = c.value;
+    write_file_atomic(dir / "config.json", config.dump());
+    std::vector<std::string> words = c.words;
+    words.push_back("config.json");
+    expect_load_fails(dir, words);
+  }
+  const fs::path dir = save("m");
+  write_file_atomic(dir / "config.json", "{ not json");
+  expect_load_fails(dir, {"config.json"});
+  fs::remove(dir / "config.json");
+  expect_load_fails(dir, {"config.json"});
+  const fs::path hybrid = save("h", true);
+  json config = json::parse(read_text(hybrid / "config.json"));
+  config["model"]["moe"]["branches"][0]["router"]["topk"] = 3;
+  write_file_atomic(hybrid / "config.json", config.dump());
+  expect_load_fails(hybrid, {"config.json", "topk", "top_k"});
+}
+
+TEST_F(Pretrained, MissingWeightsAreNamed) {
+  const fs::path dir = save("m");
+  fs::remove(dir / "model.safetensors");
+  expect_load_fails(dir, {"model.safetensors"});
+}
+
+}  // namespace
+}  // namespace hymoe
