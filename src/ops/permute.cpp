@@ -221,7 +221,7 @@ Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& p
   if (!rows.is_cpu()) return plain::unpermute(rows, weights, permutation, base, base_weight);
   const auto type = accumulate_type(rows);
   const auto prepared = [](const Tensor& x, at::ScalarType t) {
-    return x.defined() ? x.to(t).contiguous() : x;
+    return x.defined() ? std::optional<Tensor>(x.to(t).contiguous()) : std::nullopt;
   };
   return Unpermute::apply(rows.contiguous(), prepared(weights, type), prepared(base, rows.scalar_type()),
                           prepared(base_weight, type), permutation.slot_row);
