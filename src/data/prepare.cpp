@@ -93,6 +93,7 @@ class Preparation {
   PrepareProgress progress_;
   Tokenizer tokenizer_;
   int64_t threads_;
+  int32_t end_id_ = 0;
   std::optional<AtomicDirectory> output_;
   std::vector<Source> sources_;
   std::vector<std::string> names_;  // of languages, as Entry counts them
@@ -108,9 +109,14 @@ Preparation::Preparation(const PrepareConfig& config, const PrepareProgress& pro
       progress_(progress),
       tokenizer_(Tokenizer::load(config.tokenizer)),
       threads_(config.threads > 0 ? config.threads : std::max(1u, std::thread::hardware_concurrency())) {
-  if (!tokenizer_.eos_id()) {
-    throw DataError(config.tokenizer, "the tokenizer names no end-of-text token, which ends every document");
+  const std::string& name = config.end_token;
+  const std::optional<int32_t> end = name.empty() ? tokenizer_.eos_id() : tokenizer_.id(name);
+  if (!end) {
+    throw DataError(config.tokenizer, name.empty()
+                                          ? "the tokenizer names no end-of-text token; name one as end_token"
+                                          : "the tokenizer has no token '" + name + "' (end_token)");
   }
+  end_id_ = *end;
   const fs::path output = config_.output;
   if (fs::is_directory(output.parent_path())) remove_abandoned(output.parent_path());
   output_.emplace(output);
@@ -322,7 +328,7 @@ std::vector<int32_t> Preparation::encode_document(const RawDocument& raw, const 
   }
   const std::string& tag = report_.manifest.languages.at(names_[entry.language]).tag;
   std::vector<int32_t> ids = tokenizer_.encode(tag.empty() ? document.text : tag + "\n" + document.text);
-  ids.push_back(*tokenizer_.eos_id());
+  ids.push_back(end_id_);
   return ids;
 }
 

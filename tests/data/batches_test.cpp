@@ -299,6 +299,11 @@ TEST(EvalBatches, RowsAreWellFilledAndPaddingIsMarked) {
             (std::vector<int64_t>{1021, 1022, -100, -100, -100, -100, -100, -100, -100, -100}));
 }
 
+TEST(EvalBatches, ALastTokenAloneTakesNoRow) {
+  const Folder folder({{"go", {11, 21, 1}}});
+  EXPECT_EQ(EvalBatches(folder.path(), "go", 10, 1).size(), 3);
+}
+
 TEST(EvalBatches, ABudgetTakesTheFirstDocuments) {
   const Folder folder({{"go", {5, 5, 5, 5}}});
   EXPECT_EQ(EvalBatches(folder.path(), "go", 10, 2, 1).num_documents(), 1);

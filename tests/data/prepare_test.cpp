@@ -282,6 +282,18 @@ TEST(Prepare, ALimitOfBytesTakesNestedSubsets) {
   EXPECT_EQ(read_manifest(corpus / "out700").languages.at("python").skipped.at("over_limit"), 100 - 700 / 19);
 }
 
+TEST(Prepare, ALimitOfBytesDoesNotFavourShortDocuments) {
+  Corpus corpus;
+  for (int i = 1; i <= 100; ++i) corpus.add(numbered("f", i, ".py"), std::string(i, 'x'));
+  PrepareConfig config = corpus.config();
+  config.max_language_bytes = 5050 / 2;
+  prepare(config);
+  const Texts texts = corpus.documents("python");
+  EXPECT_NEAR(static_cast<double>(texts.size()), 50, 15);
+  const auto longer = [](const std::string& a, const std::string& b) { return a.size() < b.size(); };
+  EXPECT_GT(std::max_element(texts.begin(), texts.end(), longer)->size(), 90u);
+}
+
 TEST(Prepare, LongDocumentsAreCutIntoTaggedPieces) {
   Corpus corpus;
   corpus.add("a.r", "abcdefghijklmnopqrstuvwxyz");  // tag "# language: R\n" of 14 tokens
@@ -321,6 +333,22 @@ TEST(Prepare, TextThatLooksLikeAnEndOfTextStaysText) {
   corpus.add("a.txt", "<|endoftext|>");
   prepare(corpus.config());
   EXPECT_EQ(corpus.documents("text"), Texts{"<|endoftext|>$"});
+}
+
+TEST(Prepare, TheTokenAtTheEndCanBeChosen) {
+  Corpus corpus;
+  corpus.add("a.txt", "a");
+  put(corpus / "no_end.json", byte_tokenizer("<|other|>"));
+  PrepareConfig config = corpus.config();
+  config.tokenizer = corpus.path("no_end.json");
+  config.end_token = "<|other|>";
+  prepare(config);
+  EXPECT_EQ(corpus.documents("text"), Texts{"a$"});
+  config = corpus.config();
+  config.end_token = "z";
+  config.overwrite = true;
+  prepare(config);
+  EXPECT_EQ(corpus.documents("text"), Texts{"az"});
 }
 
 TEST(Prepare, PackageRecordsArePassedThrough) {
@@ -417,6 +445,7 @@ TEST(Prepare, WhatIsMissingIsNamed) {
   put(corpus / "no_end.json", byte_tokenizer("<|other|>"));
   EXPECT_TRUE(
       holds(with([&](auto& c) { c.tokenizer = corpus.path("no_end.json"); }), "names no end-of-text token"));
+  EXPECT_TRUE(holds(with([&](auto& c) { c.end_token = "<|other|>"; }), "has no token '<|other|>'"));
   EXPECT_FALSE(fs::exists(corpus / "out"));
 }
 

@@ -57,6 +57,9 @@ TEST(TokenFile, KeepsDocumentsInBothWidths) {
   EXPECT_EQ(narrow.vocab_size(), 65536);
   EXPECT_EQ(std::filesystem::file_size(narrow.path()), 8u + 12 + 4 + 4 * 8 + kTrailerBytes);
 
+  const TokenFile edge(write_documents(folder / "edge", {{65536}}, 65537));
+  EXPECT_EQ(read_documents(edge), (Documents{{65536}}));
+
   const Documents large = {{0, 1, 65536}, {7}, {3, 200000}};
   const TokenFile wide(write_documents(folder / "wide", large, 200001));
   EXPECT_EQ(read_documents(wide), large);
@@ -140,10 +143,10 @@ TEST(TokenFile, LiesInTheTrailerAreFound) {
   EXPECT_TRUE(holds(broken(-kTrailerBytes, uint32_t{9}), "version 9, this program reads version 1"));
   EXPECT_TRUE(holds(broken(-kTrailerBytes + 4, uint32_t{3}), "tokens of 2 or 4 bytes were wanted"));
   EXPECT_TRUE(holds(broken(-kTrailerBytes + 4, uint32_t{4}), "do not take"));
-  for (uint64_t lie : {uint64_t{0}, uint64_t{1}, uint64_t{3}, uint64_t{1} << 61, ~uint64_t{0}}) {
+  for (uint64_t lie : {uint64_t{0}, uint64_t{1}, uint64_t{3}, (uint64_t{1} << 61) + 2, ~uint64_t{0}}) {
     EXPECT_TRUE(holds(broken(-kTrailerBytes + 8, lie), "do not take")) << "documents " << lie;
   }
-  for (uint64_t lie : {uint64_t{0}, uint64_t{5}, uint64_t{1} << 62, ~uint64_t{0}}) {
+  for (uint64_t lie : {uint64_t{0}, uint64_t{5}, (uint64_t{1} << 63) + 4, ~uint64_t{0}}) {
     EXPECT_THROW(
         {
           const auto path = write_documents(folder / "g", {{1, 2, 3}, {4}}, 100);
@@ -224,6 +227,10 @@ TEST(Manifest, WhatIsNotThereIsNamed) {
   EXPECT_TRUE(holds(open("rust", "valid", ""), "the language rust has no split 'valid'"));
   EXPECT_TRUE(holds(open("rust", "train", std::string(64, 'b')), "made with the tokenizer " + kFingerprint));
   Manifest lying = manifest;
+  lying.tokenizer_fingerprint = std::string(64, 'c');
+  EXPECT_TRUE(holds(message_of<DataError>([&] { open_token_file(folder.path(), lying, "rust", "train"); }),
+                    "made with the tokenizer " + kFingerprint));
+  lying = manifest;
   lying.languages["rust"].splits["train"].tokens = 4;
   EXPECT_TRUE(holds(message_of<DataError>([&] { open_token_file(folder.path(), lying, "rust", "train"); }),
                     "holds 1 documents of 3 tokens, but the manifest says 1 of 4"));

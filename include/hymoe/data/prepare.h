@@ -67,6 +67,7 @@ struct FilterConfig {
 struct PrepareConfig {
   std::string output = {};
   std::string tokenizer = {};
+  std::string end_token = {};
   std::vector<SourceConfig> sources = {};
   std::vector<std::string> languages = {};
   bool language_tags = true;
@@ -84,6 +85,8 @@ struct PrepareConfig {
     return hymoe::fields(
         field("output", &PrepareConfig::output, "folder to write"),
         field("tokenizer", &PrepareConfig::tokenizer, "tokenizer.json, or a folder that holds it"),
+        field("end_token", &PrepareConfig::end_token,
+              "token put after every document; empty: the tokenizer's end of text"),
         field("sources", &PrepareConfig::sources, "where documents come from, in order of precedence"),
         field("languages", &PrepareConfig::languages, "the languages to take; empty: all"),
         field("language_tags", &PrepareConfig::language_tags,
