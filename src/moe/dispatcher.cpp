@@ -28,7 +28,7 @@ void check_routing(const Routing& routing, const Tensor& x, size_t branch) {
 
 Tensor expand_units(const Tensor& per_unit, const Tensor& offsets, int64_t rows) {
   if (!offsets.defined()) return per_unit;
-  return per_unit.index_select(0, at::repeat_interleave(offsets.diff(), rows));
+  return per_unit.index_select(0, at::repeat_interleave(offsets.diff(), std::optional<int64_t>(rows)));
 }
 
 Dispatcher::Dispatcher(std::vector<int64_t> num_experts, Group ep)

@@ -13,11 +13,19 @@
 namespace hymoe {
 namespace {
 
+// First windows all have the logit of `start`, and a cut-off may come to lie on it: closer than this,
+// relative to 1 + |logit|, is reached, so that rounding does not decide.
+constexpr double kTie = 1e-5;
+
 at::ScalarType math_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+Tensor reaches(const Tensor& logits, const Tensor& cutoff) {
+  return logits + (logits.abs() + 1) * kTie >= cutoff;
+}
 
 Tensor to_device(const std::vector<int64_t>& values, const Tensor& like) {
   return at::tensor(values, at::kLong).to(like.device(), /*non_blocking=*/true);
@@ -150,7 +158,7 @@ SegmentRouter::Decision SegmentRouter::decide(const Tensor& logits, const Tensor
     const Tensor scores = d.scores.detach();
     const Tensor taken = config_.select == "expert_choice"
                              ? expert_choice(scores, real, config_.capacity, config_.bucket)
-                             : (logits.detach() >= cutoff_).logical_and(real.unsqueeze(1));
+                             : reaches(logits.detach(), cutoff_).logical_and(real.unsqueeze(1));
     const auto ranked = scores.masked_fill(taken.logical_not(), -kInfinity).sort(true, 1, true);
     const int64_t slots = std::min(config_.bucket, num_experts_);
     const Tensor best = std::get<1>(ranked).narrow(1, 0, slots);

@@ -36,9 +36,9 @@ TEST(Packing, ChecksItsFields) {
   EXPECT_NE(packing_error(Packing::of(2, 3), x.view({2, 3, 2})).find("must be [T, D]"), std::string::npos);
 
   Packing padded = documents({4, 2});
-  padded.padding = at::tensor({0, 0, 1, 1, 0, 1}, at::kBool);
+  padded.padding = at::tensor({0, 0, 1, 1, 0, 1}).to(at::kBool);
   EXPECT_EQ(packing_error(padded, x), "no error");
-  padded.padding = at::tensor({0, 1, 0, 1, 0, 1}, at::kBool);
+  padded.padding = at::tensor({0, 1, 0, 1, 0, 1}).to(at::kBool);
   EXPECT_NE(packing_error(padded, x).find("at the end of a document, got it before row 2 of document 0"),
             std::string::npos);
   padded.padding = at::zeros({5}, at::kBool);
@@ -82,7 +82,7 @@ TEST(TopkRouter, PaddingGetsNoExpertAndDoesNotCount) {
   auto router = routers().make("topk", {4, 5, {.top_k = 2, .z_loss = 0.1}});
   const Tensor x = at::randn({6, 4});
   Packing padded = documents({6});
-  padded.padding = at::tensor({0, 0, 0, 0, 1, 1}, at::kBool);
+  padded.padding = at::tensor({0, 0, 0, 0, 1, 1}).to(at::kBool);
   const Routing all = router->forward(x.slice(0, 0, 4), documents({4})), some = router->forward(x, padded);
   EXPECT_TRUE(at::equal(some.expert_ids.slice(0, 0, 4), all.expert_ids));
   EXPECT_EQ(max_abs(some.expert_ids.slice(0, 4) + 1), 0);

@@ -153,23 +153,23 @@ TEST(SegmentRouter, CutoffIsWhatExpertChoiceWouldHaveMade) {
   EXPECT_TRUE(at::isinf(cutoff).all().item<bool>()) << "a forward pass changed the cut-off";
   forward(a + 2);  // two micro-batches: the mean of 3 and 5
   router->end_step({});
-  EXPECT_TRUE(at::allclose(cutoff, at::tensor({4., 31.})));
+  EXPECT_TRUE(at::allclose(cutoff, at::tensor({4., 31.}, at::kFloat)));
   router->end_step({});  // nothing recorded, nothing moves
   EXPECT_EQ(steps.item<int64_t>(), 1);
   forward(a + 9);  // (12, 39): running mean of two steps
   router->end_step({});
-  EXPECT_TRUE(at::allclose(cutoff, at::tensor({8., 35.})));
+  EXPECT_TRUE(at::allclose(cutoff, at::tensor({8., 35.}, at::kFloat)));
   for (int i = 0; i < 2; ++i) {
     forward(a + 5);  // (8, 35) stays; then the mean would keep 4/5, and the decay of 0.75 holds it
     router->end_step({});
   }
   forward(a + 9);
   router->end_step({});
-  EXPECT_TRUE(at::allclose(cutoff, at::tensor({9., 36.})));
+  EXPECT_TRUE(at::allclose(cutoff, at::tensor({9., 36.}, at::kFloat)));
   EXPECT_EQ(steps.item<int64_t>(), 5);
   forward(at::tensor({7., 7.}).view({1, 2}));  // fewer windows than experts: one is taken all the same
   router->end_step({});
-  EXPECT_TRUE(at::allclose(cutoff, at::tensor({8.5, 28.75})));
+  EXPECT_TRUE(at::allclose(cutoff, at::tensor({8.5, 28.75}, at::kFloat)));
 }
 
 TEST(SegmentRouter, MicroBatchesWithoutRowsRecordNothing) {
