@@ -3,6 +3,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/types.h>
 
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include <algorithm>
+#include <atomic>
 #include <numeric>
 #include <vector>
 
@@ -50,6 +55,38 @@ Tensor scratch(const std::vector<int64_t>& counts, int64_t width, const Tensor& 
   return cpu::empty({std::min(most, kSwigluBlock), width}, like.options());
 }
 
+void zero(std::initializer_list<Tensor> gradients) {
+  for (const Tensor& gradient : gradients) {
+    if (gradient.defined()) gradient.zero_();
+  }
+}
+
+// Runs the experts f(e, first row, rows), each worker with its own f = make(). Experts of like size go to the
+// threads whole, the largest first: a product on one thread neither waits for others nor shares its work.
+// Where one expert has too many of the rows for that, experts go one by one and the products use the threads.
+template <class Make>
+void for_experts(const std::vector<int64_t>& counts, const Make& make) {
+  std::vector<int64_t> starts(counts.size()), order(counts.size());
+  std::exclusive_scan(counts.begin(), counts.end(), starts.begin(), int64_t{0});
+  std::iota(order.begin(), order.end(), 0);
+  const int64_t threads = at::get_num_threads();
+  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const int64_t largest = counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
+  if (threads == 1 || total == 0 || 2 * threads * largest > total) {
+    auto run = make();
+    for (const int64_t e : order) run(e, starts[e], counts[e]);
+    return;
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return counts[a] > counts[b]; });
+  std::atomic<size_t> next{0};
+  cpu::parallel_for(threads, 1, [&](int64_t, int64_t) {
+    // Threads of the pool do not know that the caller records no graph here.
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto run = make();
+    for (size_t i = next++; i < order.size(); i = next++) run(order[i], starts[order[i]], counts[order[i]]);
+  });
+}
+
 bool wants_gradient(std::initializer_list<Tensor> inputs) {
   return at::GradMode::is_enabled() &&
          std::any_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.requires_grad(); });
@@ -62,14 +99,12 @@ struct GroupedProduct : Function<GroupedProduct> {
     ctx->save_for_backward({rows, weight});
     ctx->saved_data["counts"] = counts;
     Tensor y = cpu::empty({rows.size(0), weight.size(1)}, rows.options());
-    int64_t start = 0;
-    for (size_t e = 0; e < counts.size(); ++e) {
-      if (counts[e] > 0) {
-        Tensor out = y.narrow(0, start, counts[e]);
-        at::mm_out(out, rows.narrow(0, start, counts[e]), weight[e].t());
-      }
-      start += counts[e];
-    }
+    for_experts(counts, [&] {
+      return [&](int64_t e, int64_t start, int64_t n) {
+        Tensor out = y.narrow(0, start, n);
+        if (n > 0) at::mm_out(out, rows.narrow(0, start, n), weight[e].t());
+      };
+    });
     return y;
   }
 
@@ -80,24 +115,20 @@ struct GroupedProduct : Function<GroupedProduct> {
     Tensor d_rows, d_weight;
     if (ctx->needs_input_grad(0)) d_rows = cpu::empty(rows.sizes(), rows.options());
     if (ctx->needs_input_grad(1)) d_weight = cpu::empty(weight.sizes(), weight.options());
-    int64_t start = 0;
-    for (size_t e = 0; e < counts.size(); ++e) {
-      const int64_t n = counts[e];
-      const Tensor part = dy.narrow(0, start, n);
-      if (d_rows.defined() && n > 0) {
-        Tensor out = d_rows.narrow(0, start, n);
-        at::mm_out(out, part, weight[e]);
-      }
-      if (d_weight.defined()) {
-        Tensor out = d_weight[e];
-        if (n > 0) {
-          at::mm_out(out, part.t(), rows.narrow(0, start, n));
-        } else {
-          out.zero_();
+    for_experts(counts, [&] {
+      return [&](int64_t e, int64_t start, int64_t n) {
+        if (n == 0) return zero({d_weight.defined() ? d_weight[e] : Tensor()});
+        const Tensor part = dy.narrow(0, start, n);
+        if (d_rows.defined()) {
+          Tensor out = d_rows.narrow(0, start, n);
+          at::mm_out(out, part, weight[e]);
         }
-      }
-      start += n;
-    }
+        if (d_weight.defined()) {
+          Tensor out = d_weight[e];
+          at::mm_out(out, part.t(), rows.narrow(0, start, n));
+        }
+      };
+    });
     return {d_rows, d_weight, {}};
   }
 };
@@ -123,16 +154,17 @@ struct SwigluExperts : Function<SwigluExperts> {
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& gate_up_proj,
                         const Tensor& down_proj, const std::vector<int64_t>& counts, bool keep) {
     const int64_t hidden = down_proj.size(2);
-    Tensor gate_up =
-        keep ? cpu::empty({rows.size(0), 2 * hidden}, rows.options()) : scratch(counts, 2 * hidden, rows);
-    Tensor h = scratch(counts, hidden, rows), y = cpu::empty(rows.sizes(), rows.options());
-    int64_t start = 0;
-    for (size_t e = 0; e < counts.size(); ++e) {
-      const int64_t n = counts[e];
-      Tensor kept = keep ? gate_up.narrow(0, start, n) : gate_up, out = y.narrow(0, start, n);
-      swiglu_network_forward(rows.narrow(0, start, n), {{gate_up_proj[e]}, down_proj[e]}, kept, keep, h, out);
-      start += n;
-    }
+    Tensor gate_up, y = cpu::empty(rows.sizes(), rows.options());
+    if (keep) gate_up = cpu::empty({rows.size(0), 2 * hidden}, rows.options());
+    for_experts(counts, [&] {
+      return [&, h = scratch(counts, hidden, rows),
+              passing = keep ? Tensor() : scratch(counts, 2 * hidden, rows)](int64_t e, int64_t start,
+                                                                             int64_t n) mutable {
+        Tensor kept = keep ? gate_up.narrow(0, start, n) : passing, out = y.narrow(0, start, n);
+        swiglu_network_forward(rows.narrow(0, start, n), {{gate_up_proj[e]}, down_proj[e]}, kept, keep, h,
+                               out);
+      };
+    });
     if (keep) {
       ctx->save_for_backward({rows, gate_up_proj, down_proj, gate_up});
       ctx->saved_data["counts"] = counts;
@@ -150,22 +182,17 @@ struct SwigluExperts : Function<SwigluExperts> {
     if (ctx->needs_input_grad(0)) d_rows = cpu::empty(rows.sizes(), rows.options());
     if (ctx->needs_input_grad(1)) d_gate_up_proj = cpu::empty(gate_up_proj.sizes(), rows.options());
     if (ctx->needs_input_grad(2)) d_down_proj = cpu::empty(down_proj.sizes(), rows.options());
-    Tensor dh = scratch(counts, hidden, rows), d_gate_up = scratch(counts, 2 * hidden, rows);
-    int64_t start = 0;
-    for (size_t e = 0; e < counts.size(); ++e) {
-      const int64_t n = counts[e];
-      SwigluNetwork gradient{{d_gate_up_proj.defined() ? d_gate_up_proj[e] : Tensor()},
-                             d_down_proj.defined() ? d_down_proj[e] : Tensor()};
-      if (n == 0) {
-        if (gradient.in[0].defined()) gradient.in[0].zero_();
-        if (gradient.down.defined()) gradient.down.zero_();
-        continue;
-      }
-      Tensor dx = d_rows.defined() ? d_rows.narrow(0, start, n) : Tensor();
-      swiglu_network_backward(rows.narrow(0, start, n), gate_up.narrow(0, start, n), dy.narrow(0, start, n),
-                              {{gate_up_proj[e]}, down_proj[e]}, gradient, dh, d_gate_up, dx);
-      start += n;
-    }
+    for_experts(counts, [&] {
+      return [&, dh = scratch(counts, hidden, rows), d_gate_up = scratch(counts, 2 * hidden, rows)](
+                 int64_t e, int64_t start, int64_t n) mutable {
+        SwigluNetwork gradient{{d_gate_up_proj.defined() ? d_gate_up_proj[e] : Tensor()},
+                               d_down_proj.defined() ? d_down_proj[e] : Tensor()};
+        if (n == 0) return zero({gradient.in[0], gradient.down});
+        Tensor dx = d_rows.defined() ? d_rows.narrow(0, start, n) : Tensor();
+        swiglu_network_backward(rows.narrow(0, start, n), gate_up.narrow(0, start, n), dy.narrow(0, start, n),
+                                {{gate_up_proj[e]}, down_proj[e]}, gradient, dh, d_gate_up, dx);
+      };
+    });
     return {d_rows, d_gate_up_proj, d_down_proj, {}, {}};
   }
 };
