@@ -45,8 +45,12 @@ hymoe::BranchConfig token_branch(int64_t num_experts, int64_t hidden, int64_t to
 }
 
 std::vector<Case> cases() {
+  // By top_k, so that the number of products is known.
   const hymoe::BranchConfig segment{
-      .name = "segment", .num_experts = 6, .hidden = 1536, .router = {.kind = "segment", .segment_len = 64}};
+      .name = "segment",
+      .num_experts = 6,
+      .hidden = 1536,
+      .router = {.kind = "segment", .top_k = 1, .segment_len = 64, .select = "top_k"}};
   return {
       {"8 x 1536, k 1", 4096, {.dim = 576, .shared = {1536}, .branches = {token_branch(8, 1536, 1)}}},
       {"32 x 512, k 4", 2048, {.dim = 1024, .shared = {1024}, .branches = {token_branch(32, 512, 4)}}},

@@ -11,10 +11,12 @@
 
 /// Before a loop that should use the widest vectors of the machine it runs on; the program itself is built
 /// for any.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if !defined(__x86_64__) || !defined(__GLIBC__) || defined(__clang__)
+#define HYMOE_SIMD
+#elif __GNUC__ >= 12
 #define HYMOE_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define HYMOE_SIMD
+#define HYMOE_SIMD __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 
 namespace hymoe::ops::cpu {

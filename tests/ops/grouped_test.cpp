@@ -1,5 +1,8 @@
 #include "hymoe/ops/grouped.h"
 
+#include <gtest/gtest-spi.h>
+#include <torch/csrc/autograd/custom_function.h>
+
 #include <cmath>
 #include <vector>
 
@@ -28,6 +31,26 @@ TEST(Cpu, ParallelForVisitsEachIndexOnce) {
     });
     EXPECT_EQ(std::count(visits.begin(), visits.end(), 1), n);
   }
+}
+
+// y = x² with half its gradient, to see that the checks of this room see it.
+struct WrongSquare : torch::autograd::Function<WrongSquare> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x) {
+    ctx->save_for_backward({x});
+    return x * x;
+  }
+  static Tensors backward(torch::autograd::AutogradContext* ctx, const Tensors& gradients) {
+    return {ctx->get_saved_variables()[0] * gradients[0]};
+  }
+};
+
+TEST(Gradcheck, SeesAWrongGradient) {
+  static const Op wrong = [](const Tensors& in) { return WrongSquare::apply(in[0]); };
+  static const Op right = [](const Tensors& in) { return in[0] * in[0]; };
+  static const Tensors inputs{leaf({2, 3})};
+  expect_gradients(right, inputs);
+  EXPECT_NONFATAL_FAILURE(expect_gradients(wrong, inputs), "gradient of input 0");
+  EXPECT_NONFATAL_FAILURE(expect_same(wrong, right, inputs, 1e-6), "gradient of input 0");
 }
 
 Op product_op(const Tensor& counts) {
