@@ -14,7 +14,10 @@
 
 namespace hymoe {
 
-inline double max_abs(const Tensor& x) { return x.numel() == 0 ? 0 : x.detach().abs().max().item<double>(); }
+inline double max_abs(const Tensor& x) {
+  TORCH_CHECK(x.defined(), "max_abs: there is no tensor");
+  return x.numel() == 0 ? 0 : x.detach().abs().max().item<double>();
+}
 
 inline double max_difference(const Tensor& a, const Tensor& b) { return max_abs(a - b); }
 

@@ -238,6 +238,19 @@ TEST(MoE, NoRowsAndAllPadding) {
   }
 }
 
+TEST(MoE, PaddingOfABegunWindowGoesToNoExpert) {
+  MoE moe = make_moe(hybrid_config(segment_config("previous", "top_k")));
+  Packing packing = documents({7, 5});
+  packing.padding = at::zeros({12}, at::kBool);
+  packing.padding.slice(0, 2, 7).fill_(true);  // of the first window two rows are left
+  const auto out = moe->forward(at::randn({12, 8}, at::kDouble), packing);
+  for (const BranchLoad& load : out.load) {
+    EXPECT_EQ(load.rows_per_expert.sum().item<int64_t>(), 2 * 7) << load.name;
+    EXPECT_EQ(load.covered.item<int64_t>(), 7) << load.name;
+    EXPECT_EQ(load.rows.item<int64_t>(), 7) << load.name;
+  }
+}
+
 TEST(MoE, FewerWindowsThanExperts) {
   MoE moe = make_moe(hybrid_config(segment_config("own", "expert_choice")));
   const auto out =

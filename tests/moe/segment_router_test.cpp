@@ -128,6 +128,9 @@ TEST(SegmentRouter, ThresholdTakesWhatReachesTheCutoff) {
   // The third window passes three cut-offs; the bucket of 2 keeps the best scores, of equal ones the lower
   // indices.
   EXPECT_EQ(experts_of(router->forward(x, Packing::of(1, 12))), (Taken{{0, 1}, {1}, {0, 1}}));
+  // A logit that is the cut-off but for rounding reaches it.
+  router->named_buffers()["cutoff"].copy_(at::tensor({1.00001, 2.01, 9.}));
+  EXPECT_EQ(experts_of(router->forward(x, Packing::of(1, 12))), (Taken{{0}, {}, {0, 1}}));
 }
 
 TEST(SegmentRouter, CutoffIsWhatExpertChoiceWouldHaveMade) {
