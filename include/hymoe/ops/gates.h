@@ -11,7 +11,7 @@ struct Gates {
   Tensor ids = {};            ///< [T, K] int64, best first; of equal scores the lower index first
   Tensor weights = {};        ///< [T, K] fp32, differentiable
   Tensor shared_weight = {};  ///< [T] fp32, differentiable; undefined unless shared_last
-  Tensor scores = {};         ///< [T, columns of logits] fp32, softmax or sigmoid over all of them, differentiable
+  Tensor scores = {};         ///< [T, columns of logits] fp32, over all of them, differentiable
 };
 
 struct GateOptions {

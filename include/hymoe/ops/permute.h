@@ -9,8 +9,8 @@ using at::Tensor;
 /// Which row goes where when rows are sorted by expert; made once a MoE layer, used by permute and unpermute.
 struct Permutation {
   Tensor rows_per_expert = {};  ///< [E] int64, on the device of the ids
-  Tensor source_row = {};  ///< [R] int64: row of x that each dispatched row copies; by expert, then (row, slot)
-  Tensor slot_row = {};    ///< [T, K] int64: dispatched row of slot (t, k), -1 where its id is -1
+  Tensor source_row = {};       ///< [R] int64: row of x that each dispatched row copies, by expert
+  Tensor slot_row = {};         ///< [T, K] int64: dispatched row of slot (t, k), -1 where its id is -1
 };
 
 /// Stable counting sort of the slots of expert_ids [T, K] int64 (-1: no expert) by expert, linear in T·K + E.
