@@ -14,7 +14,9 @@ std::string stream(const std::string& bytes, std::vector<std::string> stop = {})
   const auto take = [&] {
     const std::string_view piece = text.take();
     joined += piece;
-    if (!piece.empty()) seen += (seen.empty() ? "" : "|") + std::string(piece);
+    if (piece.empty()) return;
+    if (!seen.empty()) seen += '|';
+    seen += piece;
   };
   bool stopped = false;
   for (const char c : bytes) {
@@ -25,7 +27,8 @@ std::string stream(const std::string& bytes, std::vector<std::string> stop = {})
   if (!stopped) text.finish();
   take();
   EXPECT_EQ(joined, text.text());
-  return seen + (stopped ? "!" : "");
+  if (stopped) seen += '!';
+  return seen;
 }
 
 TEST(TextStream, GivesWholeCharacters) {

@@ -46,7 +46,7 @@ TEST(Freeze, APatternThatNamesNothingIsAnError) {
     freeze_parameters(model);
     FAIL();
   } catch (const ConfigError& error) {
-    EXPECT_STREQ(error.what(), "freeze.0: '*.norm.*' names no parameter of the model");
+    EXPECT_STREQ(error.what(), "freeze.1: '*.attention.*' names no parameter of the model");
   }
 }
 
