@@ -1,6 +1,7 @@
 #include "hymoe/growth/upcycle.h"
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/cross_entropy_loss.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
@@ -121,25 +122,26 @@ void calibrate(Transformer& model, const Sample& sample, int passes) {
 
 void compare(Transformer& dense, Transformer& hybrid, const Sample& sample, UpcycleReceipt& receipt) {
   constexpr int64_t kRows = 512;  // logits of that many rows at a time
-  double nats_before = 0, nats_after = 0;
+  const auto nats = [](const Tensor& logits, const Tensor& targets) {
+    return at::cross_entropy_loss(logits, targets, {}, at::Reduction::Sum, -100).item<double>();
+  };
   for (const Batch& batch : sample.batches) {
     const Tensor tokens = batch.tokens.flatten(), targets = batch.targets.flatten();
     const Packing packing{.offsets = batch.offsets};
-    nats_before += dense->loss(tokens, targets, packing).nll.sum(at::kDouble).item<double>();
-    nats_after += hybrid->loss(tokens, targets, packing).nll.sum(at::kDouble).item<double>();
-    const Tensor a = dense->hidden(tokens, packing).hidden, b = hybrid->hidden(tokens, packing).hidden;
+    const Tensor before = dense->hidden(tokens, packing).hidden,
+                 after = hybrid->hidden(tokens, packing).hidden;
     for (int64_t t = 0; t < tokens.numel(); t += kRows) {
       const int64_t rows = std::min(kRows, tokens.numel() - t);
-      const double difference = (dense->logits(a.narrow(0, t, rows)) - hybrid->logits(b.narrow(0, t, rows)))
-                                    .abs()
-                                    .max()
-                                    .item<double>();
-      receipt.max_logit_difference = std::max(receipt.max_logit_difference, difference);
+      const Tensor a = dense->logits(before.narrow(0, t, rows)), b = hybrid->logits(after.narrow(0, t, rows));
+      receipt.max_logit_difference =
+          std::max(receipt.max_logit_difference, (a - b).abs().max().item<double>());
+      receipt.loss_before += nats(a, targets.narrow(0, t, rows));
+      receipt.loss_after += nats(b, targets.narrow(0, t, rows));
     }
   }
   receipt.sample_tokens = sample.targets;
-  receipt.loss_before = nats_before / static_cast<double>(sample.targets);
-  receipt.loss_after = nats_after / static_cast<double>(sample.targets);
+  receipt.loss_before /= static_cast<double>(sample.targets);
+  receipt.loss_after /= static_cast<double>(sample.targets);
 }
 
 std::string sha256_of(const Tensor& tensor) {
