@@ -58,7 +58,7 @@ class Progress {
 
  private:
   bool enabled_, terminal_;
-  std::chrono::steady_clock::time_point last_{};
+  std::chrono::steady_clock::time_point last_;
 };
 
 // "%.2f"-like text of a byte count: "1.25 GiB".

@@ -40,7 +40,8 @@ std::string text_of(const nlohmann::json& record, const std::string& where) {
   return text->get<std::string>();
 }
 
-Progress::Progress(bool enabled) : enabled_(enabled), terminal_(isatty(STDERR_FILENO) != 0) {}
+Progress::Progress(bool enabled)
+    : enabled_(enabled), terminal_(isatty(STDERR_FILENO) != 0), last_(std::chrono::steady_clock::now()) {}
 
 void Progress::show(const std::string& text) {
   constexpr auto kPause = std::chrono::seconds(10);

@@ -1,10 +1,18 @@
 // The laws of docs/architecture.md that one layer can break: 2 to 7.
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include "moe/layers.h"
 
 namespace hymoe {
 namespace {
+
+// For all tests of this program: their tensors are tiny, and beside other programs most of the time would go
+// into waiting for a second thread.
+[[maybe_unused]] const bool kOneThread = [] {
+  at::set_num_threads(1);
+  return true;
+}();
 
 constexpr double kTolerance = 1e-11;  // of doubles that went through products of other sizes
 

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/types.h>
 
@@ -25,8 +24,6 @@ inline double max_difference(const Tensor& a, const Tensor& b) { return max_abs(
 /// the size of that gradient; infinite where autograd gives none. All in double.
 inline std::vector<double> gradient_errors(const std::function<Tensor()>& f, std::vector<Tensor> leaves,
                                            double step = 1e-6) {
-  const int threads = at::get_num_threads();
-  at::set_num_threads(1);  // thousands of tiny calls
   for (Tensor& leaf : leaves) leaf.mutable_grad() = Tensor();
   f().backward();
   std::vector<double> errors;
@@ -46,7 +43,6 @@ inline std::vector<double> gradient_errors(const std::function<Tensor()>& f, std
                          ? max_difference(leaf.grad(), numeric) / std::max(1.0, max_abs(numeric))
                          : std::numeric_limits<double>::infinity());
   }
-  at::set_num_threads(threads);
   return errors;
 }
 

@@ -231,7 +231,9 @@ TEST_F(TrainerTest, BadSettingsAreNamed) {
   EXPECT_EQ(message([](auto& c) { c.micro_batch = 3; }), "micro_batch: must divide data.batch_size 4, got 3");
   EXPECT_EQ(message([](auto& c) { c.data.seq_len = 200; }),
             "data.seq_len: must be at most model.max_seq_len 128, got 200");
-  EXPECT_NE(message([](auto& c) { c.model.vocab_size = 100; }).find("model.vocab_size: must be at least"),
+  EXPECT_NE(message([](auto& c) {
+              c.model.vocab_size = 100, c.model.eos_token_ids = {};
+            }).find("model.vocab_size: must be at least"),
             std::string::npos);
   EXPECT_NE(message([](auto& c) { c.runs = "/proc/nowhere"; }).find("/proc/nowhere"), std::string::npos);
   EXPECT_NE(message([](auto& c) { c.data.path = "/nowhere"; }).find("/nowhere"), std::string::npos);
