@@ -13,4 +13,3 @@
 #include <unordered_map>
 #include <utility>
 #include <vector>
-
