@@ -160,7 +160,7 @@ class Program(unittest.TestCase):
         for name in files:
             path = os.path.join(CONFIGS, name)
             kind = next((k for k in ("data", "upcycle", "eval") if name.endswith(f"-{k}.yaml")), "train").replace("data", "prepare")
-            extra = ["init=" + self.dense] if kind == "train" else []
+            extra = ["init=" + self.dense, "data.seq_len=32"] if kind == "train" else []
             resolved = self.ok("config", kind, path, *extra)
             self.assertEqual(resolved, self.ok("config", kind, write("resolved.yaml", resolved)), name)
             if kind == "train":

@@ -86,10 +86,17 @@ void TrainConfig::check() const {
 }
 
 TrainConfig load_train_config(const fs::path& path, const std::vector<std::string>& overrides) {
-  TrainConfig config = load_config<TrainConfig>(path, overrides);
-  if (config.init.empty()) return config;
   TrainConfig base;
-  base.model = read_model_config(config.init);
+  try {
+    detail::load_config(detail::type_of<TrainConfig>(), &base, path, overrides);
+    if (base.init.empty()) return base;
+  } catch (const ConfigError&) {
+    // The model section need hold together only on top of the checkpoint's config, below.
+    if (base.init.empty()) throw;
+  }
+  const std::string init = base.init;
+  base = TrainConfig{};
+  base.model = read_model_config(init);
   return load_config<TrainConfig>(path, overrides, base);
 }
 

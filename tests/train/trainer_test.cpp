@@ -247,6 +247,14 @@ TEST_F(TrainerTest, InitGivesTheDefaultsOfTheModelSection) {
   const TrainConfig config = load_train_config(runs.path / "train.yaml", {"data.seq_len=32", "steps=3"});
   EXPECT_EQ(config.model.dim, 16);
   EXPECT_EQ(config.model.max_seq_len, 64);
+  // The section alone would not hold together: its MoE layer is the checkpoint's.
+  Transformer hybrid(this->config("x").model);
+  save_pretrained(hybrid, runs.path / "hybrid");
+  const std::string init = "init=" + (runs.path / "hybrid").string();
+  const TrainConfig changed = load_train_config(
+      runs.path / "train.yaml", {init, "data.seq_len=32", "model.moe.branches.0.router.top_k=2"});
+  EXPECT_EQ(changed.model.moe.branches.size(), 2u);
+  EXPECT_EQ(changed.model.moe.branches[0].router.top_k, 2);
   EXPECT_EQ(config.steps, 3);
 }
 
