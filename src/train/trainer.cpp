@@ -35,7 +35,7 @@ at::Device pick_device(const std::string& name) {
   return name == "cuda" || (name == "auto" && cuda) ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
 }
 
-// Largest resident set of this process, or the most memory that torch had from the GPU, in bytes.
+// Largest resident set of this process so far, in bytes.
 int64_t peak_memory() {
   LineReader lines("/proc/self/status");
   for (std::string line; lines.next(line);) {
