@@ -37,7 +37,7 @@ void add_eval(CLI::App& program) {
     for (const std::string& language : languages) {
       const EvalBatches batches(config.data, language, config.seq_len, config.batch_size, config.tokens,
                                 "valid", tokenizer.fingerprint());
-      const LanguageLoss result = language_loss(model, batches, token_bytes);
+      const LanguageLoss result = *language_loss(model, batches, token_bytes);
       if (*json) {
         const nlohmann::ordered_json row{{"language", language},
                                          {"tokens", result.tokens},

@@ -59,7 +59,7 @@ void add_train(CLI::App& program) {
     Progress progress(!*quiet && !*json);
     std::signal(SIGINT, stop);
     std::signal(SIGTERM, stop);
-    const TrainResult result = trainer.run([&](const nlohmann::ordered_json& row) {
+    const auto on_row = [&](const nlohmann::ordered_json& row) {
       if (*json) {
         std::cout << row.dump() << std::endl;
       } else if (row.contains("lm_loss")) {
@@ -68,7 +68,11 @@ void add_train(CLI::App& program) {
         progress.clear();
         std::cout << eval_text(row) << std::endl;
       }
-    });
+    };
+    const auto on_evaluation = [&](const std::string& language, int64_t done, int64_t batches) {
+      progress.show("held-out loss: " + language + " " + std::to_string(done) + "/" + std::to_string(batches));
+    };
+    const TrainResult result = trainer.run(on_row, on_evaluation);
     progress.clear();
     if (*quiet || *json) return;
     std::cout << (result.finished ? "finished" : "stopped") << " after step " << result.step << ": "

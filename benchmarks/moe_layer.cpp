@@ -5,12 +5,8 @@
 // dense one's time, by medians and by the best runs, and the share of the time that router, dispatch and
 // combine take (the layer with experts that hand rows through, by the layer's time); then the hybrid layer's
 // time a token from 1k to 64k.
-#include <sys/resource.h>
-
 #include <algorithm>
-#include <chrono>
-#include <cstdlib>
-#include <exception>
+#include <cmath>
 #include <functional>
 #include <iostream>
 #include <string>
@@ -21,6 +17,7 @@
 #include <nlohmann/json.hpp>
 
 #include "hymoe/moe/moe.h"
+#include "measure.h"
 
 namespace {
 
@@ -45,12 +42,10 @@ hymoe::BranchConfig token_branch(int64_t num_experts, int64_t hidden, int64_t to
 }
 
 std::vector<Case> cases() {
-  // By top_k, so that the number of products is known.
-  const hymoe::BranchConfig segment{
-      .name = "segment",
-      .num_experts = 6,
-      .hidden = 1536,
-      .router = {.kind = "segment", .top_k = 1, .segment_len = 64, .select = "top_k"}};
+  const hymoe::BranchConfig segment{.name = "segment",
+                                    .num_experts = 6,
+                                    .hidden = 1536,
+                                    .router = {.kind = "segment", .segment_len = 64, .capacity = 1}};
   return {
       {"8 x 1536, k 1", 4096, {.dim = 576, .shared = {1536}, .branches = {token_branch(8, 1536, 1)}}},
       {"32 x 512, k 4", 2048, {.dim = 1024, .shared = {1024}, .branches = {token_branch(32, 512, 4)}}},
@@ -61,21 +56,10 @@ std::vector<Case> cases() {
   };
 }
 
-// Width of the dense network whose products are as many as those of the experts a row reaches.
-int64_t active_hidden(const hymoe::MoEConfig& config) {
-  double hidden = static_cast<double>(config.shared.hidden);
-  for (const auto& branch : config.branches) {
-    hidden += static_cast<double>(branch.hidden) * branch.router.experts_per_unit();
-  }
-  return std::llround(hidden);
-}
-
 using Forward = std::function<Tensor(const Tensor&)>;
 
 double seconds_of_step(const Forward& forward, const std::vector<Tensor>& parameters, Tensor x) {
-  const auto start = std::chrono::steady_clock::now();
-  forward(x).backward();
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double seconds = measure::seconds_of([&] { forward(x).backward(); });
   for (Tensor p : parameters) p.mutable_grad() = Tensor();
   x.mutable_grad() = Tensor();
   return seconds;
@@ -86,10 +70,7 @@ struct Contender {
   std::vector<Tensor> parameters;
   std::vector<double> seconds = {};
 
-  double median() {
-    std::sort(seconds.begin(), seconds.end());
-    return seconds[seconds.size() / 2];
-  }
+  double median() const { return measure::median(seconds); }
   double best() const { return *std::min_element(seconds.begin(), seconds.end()); }
 };
 
@@ -104,21 +85,43 @@ Contender dense(int64_t dim, int64_t hidden) {
   return {forward, w};
 }
 
-Contender layer(const hymoe::MoEConfig& config) {
+// Documents of 1024 rows.
+hymoe::Packing packing_of(const Tensor& x) {
+  return hymoe::Packing::of(std::max<int64_t>(1, x.size(0) / 1024), std::min<int64_t>(1024, x.size(0)));
+}
+
+// Its segment router's cut-offs are those that give each expert its share of x.
+hymoe::MoE calibrated(const hymoe::MoEConfig& config, const Tensor& x) {
   hymoe::MoE moe(config);
+  moe->forward(x.detach(), packing_of(x));
+  moe->end_step();
+  return moe;
+}
+
+Contender layer(hymoe::MoE moe) {
   const auto forward = [moe](const Tensor& x) mutable {
-    const auto out = moe->forward(
-        x, hymoe::Packing::of(std::max<int64_t>(1, x.size(0) / 1024), std::min<int64_t>(1024, x.size(0))));
+    const auto out = moe->forward(x, packing_of(x));
     return out.y.square().mean() + out.aux_loss;
   };
   return {forward, moe->parameters()};
 }
 
+// Width of the dense network whose products are as many as those that the layer does on x.
+int64_t active_hidden(hymoe::MoE moe, const Tensor& x) {
+  double hidden = static_cast<double>(moe->config().shared.hidden);
+  const auto load = moe->forward(x.detach(), packing_of(x)).load;
+  for (size_t b = 0; b < load.size(); ++b) {
+    hidden += static_cast<double>(moe->config().branches[b].hidden) *
+              load[b].rows_per_expert.sum().item<double>() / static_cast<double>(x.size(0));
+  }
+  return std::llround(hidden);
+}
+
 // Rows pass the experts unchanged, and x stands for what the shared expert made of it.
-Contender without_experts(hymoe::MoEConfig config) {
+Contender without_experts(hymoe::MoEConfig config, const Tensor& x) {
   config.shared = {};
   for (auto& branch : config.branches) branch.experts = "pass_through";
-  Contender routing = layer(config);
+  Contender routing = layer(calibrated(config, x));
   routing.forward = [forward = routing.forward](const Tensor& x) { return forward(x) + x.sum(); };
   return routing;
 }
@@ -126,36 +129,37 @@ Contender without_experts(hymoe::MoEConfig config) {
 Tensor input(int64_t rows, int64_t dim) { return at::randn({rows, dim}).set_requires_grad(true); }
 
 void compare(const Case& c, int64_t rounds) {
-  Contender contenders[] = {dense(c.config.dim, active_hidden(c.config)), layer(c.config),
-                            without_experts(c.config)};
   const Tensor x = input(c.rows, c.config.dim);
+  const hymoe::MoE moe = calibrated(c.config, x);
+  const int64_t hidden = active_hidden(moe, x);
+  Contender contenders[] = {dense(c.config.dim, hidden), layer(moe), without_experts(c.config, x)};
   for (int64_t round = 0; round <= rounds; ++round) {
     for (Contender& contender : contenders) {
       const double seconds = seconds_of_step(contender.forward, contender.parameters, x);
       if (round > 0) contender.seconds.push_back(seconds);
     }
   }
-  const double base = contenders[0].median(), moe = contenders[1].median(), routing = contenders[2].median();
-  const double products = 18.0 * c.rows * c.config.dim * active_hidden(c.config);
+  const double base = contenders[0].median(), ours = contenders[1].median(), routing = contenders[2].median();
+  const double products = 18.0 * static_cast<double>(c.rows * c.config.dim * hidden);
   std::cout << nlohmann::ordered_json{{"case", c.name},
                                       {"rows", c.rows},
                                       {"dim", c.config.dim},
+                                      {"active_hidden", hidden},
                                       {"dense_s", base},
-                                      {"moe_s", moe},
-                                      {"of_dense", base / moe},
+                                      {"moe_s", ours},
+                                      {"of_dense", base / ours},
                                       {"of_dense_best", contenders[0].best() / contenders[1].best()},
-                                      {"routing_share", routing / moe},
-                                      {"gflops", products / moe * 1e-9}}
+                                      {"routing_share", routing / ours},
+                                      {"gflops", products / ours * 1e-9}}
                    .dump()
             << std::endl;
 }
 
 void scale(const Case& c) {
-  Contender hybrid = layer(c.config);
   for (int64_t rows = 1024; rows <= 65536; rows *= 4) {
     const Tensor x = input(rows, c.config.dim);
+    Contender hybrid = layer(calibrated(c.config, x));
     seconds_of_step(hybrid.forward, hybrid.parameters, x);
-    hybrid.seconds.clear();
     for (int round = 0; round < (rows > 16384 ? 1 : 3); ++round) {
       hybrid.seconds.push_back(seconds_of_step(hybrid.forward, hybrid.parameters, x));
     }
@@ -181,20 +185,12 @@ int run(int argc, char** argv) {
   const auto all = cases();
   for (const Case& c : all) compare(c, rounds);
   scale(all.back());
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  std::cout << nlohmann::ordered_json{{"peak_gib", static_cast<double>(usage.ru_maxrss) / (1 << 20)}}.dump()
-            << "\n";
+  std::cout << nlohmann::ordered_json{{"peak_gib", measure::peak_gib()}}.dump() << "\n";
   return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const std::exception& e) {
-    std::cerr << "moe_layer: " << e.what() << "\n";
-    return 1;
-  }
+  return measure::main_of("moe_layer", [&] { return run(argc, argv); });
 }

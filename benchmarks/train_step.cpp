@@ -1,15 +1,11 @@
 // Training steps of a pretrained model on random tokens, to hold against another library's:
 //   train_step DIR [BATCH SEQ STEPS]
-// prints the median time of a step (forward, backward, clipping, AdamW), tokens a second and peak memory as
-// JSON.
+// prints as JSON the median time of a step (forward, backward, clipping, AdamW), tokens a second, and the peak
+// memory by kind: weights, gradients, the optimizer's state, what the program holds before (libraries and
+// code), and the rest: activations and scratch.
 #include <ATen/ops/full.h>
 #include <ATen/ops/randint.h>
-#include <sys/resource.h>
 
-#include <algorithm>
-#include <chrono>
-#include <cstdlib>
-#include <exception>
 #include <iostream>
 #include <string>
 #include <vector>
@@ -18,11 +14,11 @@
 
 #include "hymoe/model/pretrained.h"
 #include "hymoe/train/optimizer.h"
+#include "measure.h"
 
 namespace {
 
-double train_step(hymoe::Transformer& model, hymoe::AdamW& optimizer, const at::Tensor& ids) {
-  const auto start = std::chrono::steady_clock::now();
+void train_step(hymoe::Transformer& model, hymoe::AdamW& optimizer, const at::Tensor& ids) {
   const int64_t batch = ids.size(0), seq = ids.size(1);
   at::Tensor targets = ids.roll(-1, 1);
   targets.select(1, seq - 1).fill_(-100);
@@ -32,7 +28,12 @@ double train_step(hymoe::Transformer& model, hymoe::AdamW& optimizer, const at::
   (out.loss + out.aux_loss).backward();
   optimizer.step(1e-5, optimizer.grad_norm());
   model->end_step();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double gib_of(const std::vector<at::Tensor>& tensors) {
+  double bytes = 0;
+  for (const at::Tensor& tensor : tensors) bytes += static_cast<double>(tensor.nbytes());
+  return measure::gib(bytes);
 }
 
 int run(int argc, char** argv) {
@@ -42,6 +43,8 @@ int run(int argc, char** argv) {
   }
   const int64_t batch = argc == 5 ? std::stoll(argv[2]) : 2, seq = argc == 5 ? std::stoll(argv[3]) : 512;
   const int64_t steps = argc == 5 ? std::stoll(argv[4]) : 4;
+  at::rand({64, 64}).mm(at::rand({64, 64}));  // the libraries' own memory
+  const double before = measure::peak_gib();
   hymoe::Transformer model = hymoe::load_pretrained(argv[1]);
   hymoe::NamedTensors parameters;
   for (const auto& item : model->named_parameters()) parameters.emplace_back(item.key(), item.value());
@@ -50,11 +53,15 @@ int run(int argc, char** argv) {
 
   train_step(model, optimizer, ids);
   std::vector<double> seconds;
-  for (int64_t i = 0; i < steps; ++i) seconds.push_back(train_step(model, optimizer, ids));
-  std::sort(seconds.begin(), seconds.end());
-  const double median = seconds[seconds.size() / 2];
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
+  for (int64_t i = 0; i < steps; ++i)
+    seconds.push_back(measure::seconds_of([&] { train_step(model, optimizer, ids); }));
+  const double median = measure::median(seconds), peak = measure::peak_gib();
+  std::vector<at::Tensor> trained, state;
+  for (const at::Tensor& parameter : model->parameters()) {
+    if (parameter.requires_grad()) trained.push_back(parameter);
+  }
+  for (const auto& [name, tensor] : optimizer.state()) state.push_back(tensor);
+  const double weights = gib_of(model->parameters()), gradients = gib_of(trained), moments = gib_of(state);
   const double tokens_per_second = static_cast<double>(batch * seq) / median;
   std::cout << nlohmann::ordered_json{{"impl", "hymoe"},
                                       {"B", batch},
@@ -62,7 +69,12 @@ int run(int argc, char** argv) {
                                       {"s", median},
                                       {"tokens_per_second", tokens_per_second},
                                       {"tflops", tokens_per_second * model->flops_per_token(seq) * 1e-12},
-                                      {"peak_gib", static_cast<double>(usage.ru_maxrss) / (1 << 20)}}
+                                      {"peak_gib", peak},
+                                      {"weights_gib", weights},
+                                      {"gradients_gib", gradients},
+                                      {"optimizer_gib", moments},
+                                      {"program_gib", before},
+                                      {"activations_gib", peak - weights - gradients - moments - before}}
                    .dump()
             << "\n";
   return 0;
@@ -71,10 +83,5 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const std::exception& e) {
-    std::cerr << "train_step: " << e.what() << "\n";
-    return 1;
-  }
+  return measure::main_of("train_step", [&] { return run(argc, argv); });
 }

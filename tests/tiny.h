@@ -1,59 +1,23 @@
 #pragma once
 
-#include <unistd.h>
-
 #include <filesystem>
 #include <fstream>
 #include <string>
 
-#include <nlohmann/json.hpp>
-
+#include "byte_tokenizer.h"
 #include "hymoe/data/prepare.h"
 #include "hymoe/model/pretrained.h"
+#include "temporary_folder.h"
 
 // A byte-level tokenizer, a corpus and models small enough for tests of whole runs.
 namespace hymoe::tiny {
 
 namespace fs = std::filesystem;
 
-/// A folder of its own, gone at the end of the scope.
-struct Folder {
-  explicit Folder(const std::string& name)
-      : path(fs::temp_directory_path() / ("hymoe_" + name + std::to_string(getpid()))) {
-    fs::remove_all(path);
-    fs::create_directories(path);
-  }
-  ~Folder() { fs::remove_all(path); }
-  fs::path path;
-};
-
-/// tokenizer.json with one token a byte (GPT-2's byte map) and <|endoftext|> as 256.
+/// tokenizer.json with one token a byte and <|endoftext|> as 256.
 inline void write_tokenizer(const fs::path& folder) {
-  const auto utf8 = [](int c) {
-    if (c < 0x80) return std::string(1, static_cast<char>(c));
-    return std::string{static_cast<char>(0xc0 | c >> 6), static_cast<char>(0x80 | (c & 0x3f))};
-  };
-  nlohmann::json vocab;
-  for (int byte = 0, next = 256; byte < 256; ++byte) {
-    const bool printable = (byte >= '!' && byte <= '~') || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
-    vocab[utf8(printable ? byte : next++)] = byte;
-  }
-  vocab["<|endoftext|>"] = 256;
-  const nlohmann::json end{
-      {"id", 256},       {"content", "<|endoftext|>"}, {"single_word", false}, {"lstrip", false},
-      {"rstrip", false}, {"normalized", false},        {"special", true}};
-  const nlohmann::json byte_level{
-      {"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}};
-  const nlohmann::json tokenizer{
-      {"version", "1.0"},
-      {"added_tokens", {end}},
-      {"normalizer", nullptr},
-      {"pre_tokenizer", byte_level},
-      {"post_processor", nullptr},
-      {"decoder", byte_level},
-      {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", nlohmann::json::array()}}}};
   fs::create_directories(folder);
-  std::ofstream(folder / "tokenizer.json") << tokenizer.dump();
+  std::ofstream(folder / "tokenizer.json") << byte_tokenizer_json();
 }
 
 /// Some hundred small documents of "code" in two languages, prepared with the tokenizer of `tokenizer`.
@@ -110,15 +74,15 @@ inline MoEConfig hybrid_moe() {
 
 /// A random dense checkpoint with its tokenizer.
 inline void write_dense_checkpoint(const fs::path& folder) {
-  Folder tokenizer("tiny_tokenizer_");
-  write_tokenizer(tokenizer.path);
+  const TemporaryFolder tokenizer;
+  write_tokenizer(tokenizer.path());
   torch::manual_seed(1);
   Transformer model(dense_config());
   torch::NoGradGuard no_grad;
   for (auto& parameter : model->parameters()) {
     if (parameter.dim() == 2) parameter.mul_(8);  // far from uniform predictions, so that differences show
   }
-  save_pretrained(model, folder, tokenizer.path);
+  save_pretrained(model, folder, tokenizer.path());
 }
 
 }  // namespace hymoe::tiny

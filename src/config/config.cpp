@@ -66,18 +66,19 @@ Node dump(const Type& type, const void* value) {
 }
 
 void fill(const Type& type, void* config, const Node& document, const std::string& name,
-          const std::vector<std::string>& overrides) {
+          const std::vector<std::string>& overrides, bool check = true) {
   Loader loader(type, config, name);
   loader.read(document);
   for (const std::string& text : overrides) loader.apply_override(text);
-  loader.check();
+  if (check) loader.check();
 }
 
 }  // namespace
 
 void load_config(const Type& type, void* config, const std::filesystem::path& path,
-                 const std::vector<std::string>& overrides) {
-  parse_config(type, config, read_file(path), path.string(), overrides);
+                 const std::vector<std::string>& overrides, bool check) {
+  const std::string name = path.string();
+  fill(type, config, parse_yaml(read_file(path), name), name, overrides, check);
 }
 
 void parse_config(const Type& type, void* config, const std::string& text, const std::string& name,

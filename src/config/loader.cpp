@@ -11,23 +11,6 @@
 namespace hymoe {
 namespace {
 
-// Insertions, deletions, replacements and swaps of neighbours that turn a into b.
-size_t edit_distance(const std::string& a, const std::string& b) {
-  std::vector<size_t> before(b.size() + 1), row(b.size() + 1), next(b.size() + 1);
-  std::iota(row.begin(), row.end(), size_t{0});
-  for (size_t i = 1; i <= a.size(); ++i) {
-    next[0] = i;
-    for (size_t j = 1; j <= b.size(); ++j) {
-      next[j] = std::min({row[j] + 1, next[j - 1] + 1, row[j - 1] + (a[i - 1] != b[j - 1])});
-      const bool swap = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];
-      if (swap) next[j] = std::min(next[j], before[j - 2] + 1);
-    }
-    std::swap(before, row);
-    std::swap(row, next);
-  }
-  return row.back();
-}
-
 // Paths of all structs in the schema that have the key.
 void find_key(const Type& type, const std::string& key, const std::string& path,
               std::vector<std::string>& found) {

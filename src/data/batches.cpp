@@ -14,7 +14,6 @@
 #include <map>
 #include <numeric>
 
-#include "data/nearest.h"
 #include "data/order.h"
 
 namespace hymoe {
@@ -194,7 +193,7 @@ EvalBatches::EvalBatches(const std::string& path, const std::string& language, i
   TORCH_CHECK(seq_len >= 1 && batch_size >= 1 && max_tokens >= 0,
               "EvalBatches: seq_len and batch_size must be at least 1, max_tokens at least 0, got ", seq_len,
               ", ", batch_size, ", ", max_tokens);
-  take_documents(max_tokens);
+  fill_rows(take_pieces(max_tokens));
   if (num_targets_ == 0) {
     throw DataError(file_.path().string(), language_ +
                                                " has no document of two tokens or more in the split '" +
@@ -202,21 +201,28 @@ EvalBatches::EvalBatches(const std::string& path, const std::string& language, i
   }
 }
 
-void EvalBatches::take_documents(int64_t max_tokens) {
-  std::vector<Piece> pieces;
+std::vector<EvalBatches::Piece> EvalBatches::take_pieces(int64_t max_tokens) {
   const std::span<const uint64_t> offsets = file_.offsets();
-  for (; num_documents_ < file_.num_documents(); ++num_documents_) {
-    int64_t begin = static_cast<int64_t>(offsets[num_documents_]);
-    const int64_t end = static_cast<int64_t>(offsets[num_documents_ + 1]);
-    if (max_tokens > 0 && begin >= max_tokens) break;
-    num_targets_ += end - begin - 1;
-    while (end - begin > 1) {  // a last token alone has no target
-      const int64_t length = std::min(seq_len_, end - begin);
-      pieces.push_back({begin, length, begin + length == end});
-      begin += length;
+  const int64_t all = file_.num_documents();
+  std::vector<int64_t> documents;
+  for (int64_t i = 0; i < all; ++i) documents.push_back(permuted(i, all, mix(0, language_)));
+  std::vector<Piece> pieces;
+  int64_t tokens = 0;
+  for (int64_t before = 0; !documents.empty(); before += seq_len_) {
+    std::erase_if(documents, [&](int64_t i) {  // a last token alone has no target
+      return static_cast<int64_t>(offsets[i + 1] - offsets[i]) < before + 2;
+    });
+    for (const int64_t i : documents) {
+      const int64_t begin = static_cast<int64_t>(offsets[i]) + before;
+      const int64_t left = static_cast<int64_t>(offsets[i + 1]) - begin;
+      const Piece piece{begin, std::min(seq_len_, left), left <= seq_len_};
+      pieces.push_back(piece);
+      num_targets_ += piece.length - piece.ends;
+      tokens += piece.length;
+      if (max_tokens > 0 && tokens >= max_tokens) return pieces;
     }
   }
-  fill_rows(std::move(pieces));
+  return pieces;
 }
 
 void EvalBatches::fill_rows(std::vector<Piece> pieces) {

@@ -4,7 +4,6 @@
 #include <utility>
 #include <vector>
 
-#include "data/nearest.h"
 
 namespace hymoe {
 namespace {

@@ -186,7 +186,8 @@ UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const Upc
   const Sample sample = read_sample(config, tokenizer);
 
   torch::manual_seed(static_cast<uint64_t>(config.seed));
-  Transformer hybrid(hybrid_config(dense->config(), config));
+  // What is not copied (routers, fusion) begins as its class says.
+  Transformer hybrid(hybrid_config(dense->config(), config), Mesh{}, Init::kNone);
   copy_weights(dense, hybrid);
   dense->eval();
   calibrate(hybrid, sample, config.preserve ? 1 : 2);

@@ -21,14 +21,19 @@ void add_loads(std::vector<LayerLoad>& sum, const std::vector<LayerLoad>& loads)
   }
 }
 
-LanguageLoss language_loss(Transformer& model, const EvalBatches& batches, const Tensor& token_bytes) {
+std::optional<LanguageLoss> language_loss(Transformer& model, const EvalBatches& batches,
+                                          const Tensor& token_bytes,
+                                          const std::function<bool(int64_t done)>& go_on) {
   const torch::NoGradGuard no_grad;
   const bool was_training = model->is_training();
   model->eval();
   LanguageLoss result;
   result.language = batches.language();
   double nats = 0;
+  bool complete = true;
   for (int64_t i = 0; i < batches.size(); ++i) {
+    complete = !go_on || go_on(i);
+    if (!complete) break;
     const Batch batch = batches.at(i);
     const LossOutput out = model->loss(batch.tokens.flatten(), batch.targets.flatten(),
                                        {.offsets = batch.offsets, .padding = batch.padding});
@@ -38,6 +43,7 @@ LanguageLoss language_loss(Transformer& model, const EvalBatches& batches, const
     add_loads(result.loads, out.loads);
   }
   model->train(was_training);
+  if (!complete) return std::nullopt;
   result.loss = nats / static_cast<double>(result.tokens);
   result.bits_per_byte = nats / (std::numbers::ln2 * static_cast<double>(result.bytes));
   return result;

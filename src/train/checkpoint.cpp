@@ -70,6 +70,7 @@ fs::path save_checkpoint(const fs::path& run_folder, const CheckpointSource& sou
   nlohmann::ordered_json json{{"hymoe", kVersion},
                               {"step", source.state.step},
                               {"tokens", source.state.tokens},
+                              {"evaluated", source.state.evaluated},
                               {"optimizer_steps", source.optimizer.num_steps()}};
   for (const auto& file : files) json["files"][file.name] = {{"bytes", file.size}, {"sha256", file.sha256}};
   write_file_atomic(folder / "state.json", json.dump(2) + "\n");
@@ -123,7 +124,9 @@ TrainState load_training_state(const fs::path& checkpoint, AdamW& optimizer) {
                        [&](const std::string& name) { return tensors.tensor(name); });
   at::Generator generator = at::globalContext().defaultGenerator(at::kCPU);
   generator.set_state(tensors.tensor(kRandomState).clone());
-  return {.step = state["step"].get<int64_t>(), .tokens = state["tokens"].get<int64_t>()};
+  return {.step = state["step"].get<int64_t>(),
+          .tokens = state["tokens"].get<int64_t>(),
+          .evaluated = state.value("evaluated", int64_t{-1})};
 }
 
 }  // namespace hymoe

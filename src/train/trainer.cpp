@@ -87,24 +87,16 @@ void TrainConfig::check() const {
 
 TrainConfig load_train_config(const fs::path& path, const std::vector<std::string>& overrides) {
   TrainConfig base;
-  try {
-    detail::load_config(detail::type_of<TrainConfig>(), &base, path, overrides);
-    if (base.init.empty()) return base;
-  } catch (const ConfigError&) {
-    // The model section need hold together only on top of the checkpoint's config, below.
-    if (base.init.empty()) throw;
-  }
-  const std::string init = base.init;
-  base = TrainConfig{};
-  base.model = read_model_config(init);
+  base.init = read_config<TrainConfig>(path, overrides).init;
+  if (!base.init.empty()) base.model = read_model_config(base.init);
   return load_config<TrainConfig>(path, overrides, base);
 }
 
 // One sitting of a run: what is open while it trains.
 class Trainer::Run {
  public:
-  explicit Run(const TrainConfig& config);
-  TrainResult train(const OnRow& on_row);
+  Run(const TrainConfig& config, const OnRow& on_row, const OnEvaluation& on_evaluation);
+  TrainResult train();
 
  private:
   struct Interval {  // since the last row of metrics
@@ -117,12 +109,16 @@ class Trainer::Run {
   void begin_or_resume();
   void train_step();
   void backward(const Batch& batch, double targets_of_step, double share);
-  void log_step(const OnRow& on_row);
-  void evaluate(const OnRow& on_row);
+  void log_step();
+  void evaluate_if_due();
+  void evaluate();
+  void write_row(const nlohmann::ordered_json& row);
   void save();
   bool due(int64_t interval) const { return interval > 0 && state_.step % interval == 0; }
 
   const TrainConfig& config_;
+  const OnRow& on_row_;
+  const OnEvaluation& on_evaluation_;
   fs::path folder_;
   at::Device device_;
   Manifest manifest_;
@@ -139,8 +135,10 @@ class Trainer::Run {
   double lr_ = 0, grad_norm_ = 0;
 };
 
-Trainer::Run::Run(const TrainConfig& config)
+Trainer::Run::Run(const TrainConfig& config, const OnRow& on_row, const OnEvaluation& on_evaluation)
     : config_(config),
+      on_row_(on_row),
+      on_evaluation_(on_evaluation),
       folder_(fs::path(config.runs) / config.name),
       device_(pick_device(config.device)),
       manifest_(read_manifest(config.data.path)),
@@ -205,12 +203,12 @@ void Trainer::Run::begin_or_resume() {
   model_->train();
 }
 
-TrainResult Trainer::Run::train(const OnRow& on_row) {
-  if (state_.step == 0) evaluate(on_row);
+TrainResult Trainer::Run::train() {
+  evaluate_if_due();
   while (state_.step < config_.steps && !stop_requested) {
     train_step();
-    if (due(config_.log_interval) || state_.step == config_.steps) log_step(on_row);
-    if (due(config_.eval.interval) || state_.step == config_.steps) evaluate(on_row);
+    if (due(config_.log_interval) || state_.step == config_.steps) log_step();
+    evaluate_if_due();
     if (due(config_.checkpoint.interval)) save();
   }
   if (saved_step_ != state_.step) save();
@@ -266,7 +264,7 @@ void Trainer::Run::backward(const Batch& batch, double targets_of_step, double s
   add_loads(interval_.loads, out.loads);
 }
 
-void Trainer::Run::log_step(const OnRow& on_row) {
+void Trainer::Run::log_step() {
   const double lm_loss = interval_.nats / static_cast<double>(interval_.targets);
   const double aux_loss = interval_.aux_loss / static_cast<double>(interval_.micro_batches);
   const double tokens_per_second = static_cast<double>(interval_.tokens) / interval_.seconds;
@@ -290,28 +288,40 @@ void Trainer::Run::log_step(const OnRow& on_row) {
     row["coverage/" + name] = summary.coverage;
   }
   interval_ = {};
-  log_->write(row);
-  if (on_row) on_row(row);
+  write_row(row);
 }
 
-void Trainer::Run::evaluate(const OnRow& on_row) {
-  if (config_.eval.tokens == 0) return;
+void Trainer::Run::write_row(const nlohmann::ordered_json& row) {
+  log_->write(row);
+  if (on_row_) on_row_(row);
+}
+
+void Trainer::Run::evaluate_if_due() {
+  const bool wanted = state_.step == 0 || state_.step == config_.steps || due(config_.eval.interval);
+  if (wanted && config_.eval.tokens > 0 && state_.evaluated < state_.step) evaluate();
+}
+
+void Trainer::Run::evaluate() {
   nlohmann::ordered_json row{{"step", state_.step}, {"tokens", state_.tokens}};
   for (const auto& [language, record] : manifest_.languages) {
     if (!record.splits.contains("valid")) continue;
     const EvalBatches batches(config_.data.path, language, config_.data.seq_len, config_.eval.batch_size,
                               config_.eval.tokens, "valid", tokenizer_.fingerprint());
-    const LanguageLoss result = language_loss(model_, batches, token_bytes_);
-    row["loss/" + language] = result.loss;
-    row["bits_per_byte/" + language] = result.bits_per_byte;
-    for (const LayerLoad& load : result.loads) {
+    const auto result = language_loss(model_, batches, token_bytes_, [&](int64_t done) {
+      if (on_evaluation_) on_evaluation_(language, done, batches.size());
+      return !stop_requested;
+    });
+    if (!result) return;
+    row["loss/" + language] = result->loss;
+    row["bits_per_byte/" + language] = result->bits_per_byte;
+    for (const LayerLoad& load : result->loads) {
       const Tensor counts = load.load.rows_per_expert.to(at::kCPU);
       row["rows_per_expert/" + language + "/" + load_name(load)] = std::vector<int64_t>(
           counts.const_data_ptr<int64_t>(), counts.const_data_ptr<int64_t>() + counts.numel());
     }
   }
-  log_->write(row);
-  if (on_row) on_row(row);
+  state_.evaluated = state_.step;
+  write_row(row);
 }
 
 void Trainer::Run::save() {
@@ -330,9 +340,9 @@ Trainer::Trainer(TrainConfig config) : config_(std::move(config)) { check_config
 
 fs::path Trainer::run_folder() const { return fs::path(config_.runs) / config_.name; }
 
-TrainResult Trainer::run(const OnRow& on_row) {
+TrainResult Trainer::run(const OnRow& on_row, const OnEvaluation& on_evaluation) {
   stop_requested = false;
-  return Run(config_).train(on_row);
+  return Run(config_, on_row, on_evaluation).train();
 }
 
 void Trainer::request_stop() noexcept { stop_requested = true; }

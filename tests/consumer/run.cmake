@@ -10,7 +10,7 @@ run("${CMAKE_COMMAND}" -S "${CMAKE_CURRENT_LIST_DIR}" -B "${WORK}/build" -G Ninj
   "-DCMAKE_CXX_COMPILER=${CXX}" "-DCMAKE_PREFIX_PATH=${WORK}/prefix" "-DLibTorch_ROOT=${LIBTORCH}")
 run("${CMAKE_COMMAND}" --build "${WORK}/build")
 run("${WORK}/build/consumer")
-run("${WORK}/build/readme")
+run("${WORK}/build/readme_1")
 if(EXISTS "${WORK}/prefix/bin/hymoe")
   run("${WORK}/prefix/bin/hymoe" --version)
 endif()

@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "io/temporary_folder.h"
+#include "temporary_folder.h"
 
 namespace hymoe {
 namespace {
@@ -277,7 +277,6 @@ TEST(EvalBatches, EveryTokenButTheFirstOfADocumentIsATargetOnce) {
       const EvalBatches batches(folder.path(), "go", seq_len, batch_size);
       EXPECT_EQ(targets_of(batches), expected);
       EXPECT_EQ(batches.num_targets(), static_cast<int64_t>(expected.size()));
-      EXPECT_EQ(batches.num_documents(), 8);
       for (int64_t i = 0; i < batches.size(); ++i) expect_well_packed(batches.at(i), last_tokens);
     }
   }
@@ -304,14 +303,21 @@ TEST(EvalBatches, ALastTokenAloneTakesNoRow) {
   EXPECT_EQ(EvalBatches(folder.path(), "go", 10, 1).size(), 3);
 }
 
-TEST(EvalBatches, ABudgetTakesTheFirstDocuments) {
-  const Folder folder({{"go", {5, 5, 5, 5}}});
-  EXPECT_EQ(EvalBatches(folder.path(), "go", 10, 2, 1).num_documents(), 1);
-  EXPECT_EQ(EvalBatches(folder.path(), "go", 10, 2, 10).num_documents(), 2);
-  EXPECT_EQ(EvalBatches(folder.path(), "go", 10, 2, 11).num_documents(), 3);
-  EXPECT_EQ(EvalBatches(folder.path(), "go", 10, 2, 1000).num_documents(), 4);
-  const std::set<int64_t> targets = targets_of(EvalBatches(folder.path(), "Golang", 10, 2, 6));
-  EXPECT_EQ(targets, (std::set<int64_t>{1001, 1002, 1003, 1004, 1006, 1007, 1008, 1009}));
+TEST(EvalBatches, ABudgetTakesTheFirstPieceOfEveryDocumentBeforeASecondOne) {
+  const Folder folder({{"go", {40, 5, 40, 5}}});  // tokens from 1000, 1040, 1045, 1085 on
+  const auto targets = [&](int64_t budget) {
+    return targets_of(EvalBatches(folder.path(), "Golang", 10, 2, budget));
+  };
+  std::set<int64_t> first_pieces;
+  for (int64_t i = 1; i <= 10; ++i) first_pieces.insert({1000 + i, 1045 + i});
+  for (int64_t i = 1; i < 5; ++i) first_pieces.insert({1040 + i, 1085 + i});
+  EXPECT_EQ(targets(30), first_pieces);
+  const std::set<int64_t> more = targets(31);
+  EXPECT_EQ(more.size(), first_pieces.size() + 10);
+  EXPECT_TRUE(std::includes(more.begin(), more.end(), first_pieces.begin(), first_pieces.end()));
+  EXPECT_EQ(targets(1), targets(5)) << "one piece";
+  EXPECT_LE(targets(1).size(), 10u);
+  EXPECT_EQ(targets(1000), targets(0));
 }
 
 TEST(EvalBatches, WhatCannotBeServedIsNamed) {

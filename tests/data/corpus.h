@@ -12,50 +12,12 @@
 #include <string_view>
 #include <vector>
 
-#include <nlohmann/json.hpp>
-
-#include "io/temporary_folder.h"
+#include "byte_tokenizer.h"
+#include "temporary_folder.h"
 
 namespace hymoe {
 
 inline constexpr int32_t kEos = 256;
-
-/// A tokenizer.json whose tokens are the 256 bytes, by value, and `<|endoftext|>`, unless `eos` is another
-/// name.
-inline std::string byte_tokenizer(const std::string& eos = "<|endoftext|>") {
-  nlohmann::json vocab, added = nlohmann::json::array();
-  int stand_in = 256;  // byte-level BPE writes bytes that are no printable Latin-1 as U+0100 and on
-  for (int byte = 0; byte < 256; ++byte) {
-    const bool printable = (byte >= 33 && byte <= 126) || (byte >= 161 && byte != 173);
-    const int point = printable ? byte : stand_in++;
-    std::string name;
-    if (point < 128) {
-      name += static_cast<char>(point);
-    } else {
-      name += static_cast<char>(0xc0 | point >> 6);
-      name += static_cast<char>(0x80 | (point & 63));
-    }
-    vocab[name] = byte;
-  }
-  vocab[eos] = kEos;
-  added.push_back({{"id", kEos},
-                   {"content", eos},
-                   {"special", true},
-                   {"single_word", false},
-                   {"lstrip", false},
-                   {"rstrip", false},
-                   {"normalized", false}});
-  return nlohmann::json{
-      {"version", "1.0"},
-      {"added_tokens", added},
-      {"normalizer", nullptr},
-      {"pre_tokenizer",
-       {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}}},
-      {"post_processor", nullptr},
-      {"decoder", {{"type", "ByteLevel"}}},
-      {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", nlohmann::json::array()}}}}
-      .dump();
-}
 
 /// "before7after", in a way that GCC 12 takes without false warnings.
 inline std::string numbered(const std::string& before, int64_t number, const std::string& after = "") {
@@ -72,7 +34,7 @@ inline std::filesystem::path put(const std::filesystem::path& path, std::string_
   return path;
 }
 
-/// The documents of a token file made with byte_tokenizer(), each as text; "$" is the end of text.
+/// The documents of a token file made with byte_tokenizer_json(), each as text; "$" is the end of text.
 inline std::vector<std::string> documents_of(const TokenFile& file) {
   std::vector<std::string> documents;
   for (int64_t d = 0; d < file.num_documents(); ++d) {
@@ -89,7 +51,7 @@ inline std::vector<std::string> documents_of(const TokenFile& file) {
 /// A folder with a tokenizer and a `src` folder to fill.
 class Corpus {
  public:
-  Corpus() { put(folder_ / "tokenizer.json", byte_tokenizer()); }
+  Corpus() { put(folder_ / "tokenizer.json", byte_tokenizer_json()); }
   void add(const std::string& name, std::string_view text) const { put(folder_ / "src" / name, text); }
   std::filesystem::path operator/(const std::string& name) const { return folder_ / name; }
   std::string path(const std::string& name) const { return (folder_ / name).string(); }

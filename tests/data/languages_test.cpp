@@ -9,7 +9,7 @@
 #include <set>
 #include <string>
 
-#include "io/temporary_folder.h"
+#include "temporary_folder.h"
 
 namespace hymoe {
 namespace {

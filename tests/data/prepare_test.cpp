@@ -338,7 +338,7 @@ TEST(Prepare, TextThatLooksLikeAnEndOfTextStaysText) {
 TEST(Prepare, TheTokenAtTheEndCanBeChosen) {
   Corpus corpus;
   corpus.add("a.txt", "a");
-  put(corpus / "no_end.json", byte_tokenizer("<|other|>"));
+  put(corpus / "no_end.json", byte_tokenizer_json("<|other|>"));
   PrepareConfig config = corpus.config();
   config.tokenizer = corpus.path("no_end.json");
   config.end_token = "<|other|>";
@@ -442,7 +442,7 @@ TEST(Prepare, WhatIsMissingIsNamed) {
   EXPECT_TRUE(holds(with([](auto& c) { c.valid_share = 1; }), "valid_share"));
   EXPECT_TRUE(holds(with([](auto& c) { c.filters.min_bytes = 1 << 20; }),
                     "filters.max_bytes: must be at least min_bytes"));
-  put(corpus / "no_end.json", byte_tokenizer("<|other|>"));
+  put(corpus / "no_end.json", byte_tokenizer_json("<|other|>"));
   EXPECT_TRUE(
       holds(with([&](auto& c) { c.tokenizer = corpus.path("no_end.json"); }), "names no end-of-text token"));
   EXPECT_TRUE(holds(with([&](auto& c) { c.end_token = "<|other|>"; }), "has no token '<|other|>'"));

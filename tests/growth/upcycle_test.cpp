@@ -15,14 +15,14 @@ namespace fs = std::filesystem;
 
 class Upcycle : public testing::Test {
  protected:
-  Upcycle() : folder("upcycle_") {
+  Upcycle() {
     tiny::write_dense_checkpoint(dense());
     std::ofstream(sample()) << std::string(40, 'a')
                             << "fn main() { println!(\"hello, world\"); }\nlet x = 1 + 2;\n";
   }
-  fs::path dense() const { return folder.path / "dense"; }
-  fs::path hybrid() const { return folder.path / "hybrid"; }
-  fs::path sample() const { return folder.path / "sample.txt"; }
+  fs::path dense() const { return folder / "dense"; }
+  fs::path hybrid() const { return folder / "hybrid"; }
+  fs::path sample() const { return folder / "sample.txt"; }
   UpcycleConfig config() const {
     UpcycleConfig config;
     config.moe = tiny::hybrid_moe();
@@ -39,7 +39,7 @@ class Upcycle : public testing::Test {
     }
     return "no error";
   }
-  tiny::Folder folder;
+  TemporaryFolder folder;
 };
 
 TEST_F(Upcycle, PreservesTheDenseModelsLogits) {  // law 9
@@ -86,9 +86,9 @@ TEST_F(Upcycle, CalibratesThresholdRouters) {
 
 TEST_F(Upcycle, IsDeterministic) {
   upcycle(dense(), hybrid(), config());
-  upcycle(dense(), folder.path / "again", config());
+  upcycle(dense(), folder / "again", config());
   EXPECT_EQ(sha256_file(hybrid() / "model.safetensors"),
-            sha256_file(folder.path / "again" / "model.safetensors"));
+            sha256_file(folder / "again" / "model.safetensors"));
 }
 
 TEST_F(Upcycle, HashesFrozenTensors) {
@@ -110,7 +110,7 @@ TEST_F(Upcycle, LayersFollowThePattern) {
   config.offset = 1;
   EXPECT_EQ(upcycle(dense(), hybrid(), config).moe_layers, std::vector<int64_t>({1}));
   config.layers = {0};
-  EXPECT_EQ(upcycle(dense(), folder.path / "other", config).moe_layers, std::vector<int64_t>({0}));
+  EXPECT_EQ(upcycle(dense(), folder / "other", config).moe_layers, std::vector<int64_t>({0}));
 }
 
 TEST_F(Upcycle, RefusesWhatCannotBe) {
@@ -132,7 +132,7 @@ TEST_F(Upcycle, RefusesWhatCannotBe) {
 
 TEST_F(Upcycle, TakesOnlyDenseModels) {
   upcycle(dense(), hybrid(), config());
-  EXPECT_THROW(upcycle(hybrid(), folder.path / "twice", config()), DataError);
+  EXPECT_THROW(upcycle(hybrid(), folder / "twice", config()), DataError);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 #include <string>
 #include <thread>
 
-#include "io/temporary_folder.h"
+#include "temporary_folder.h"
 
 namespace hymoe {
 namespace {

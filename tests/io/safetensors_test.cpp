@@ -11,7 +11,7 @@
 #include <random>
 #include <string>
 
-#include "io/temporary_folder.h"
+#include "temporary_folder.h"
 
 namespace hymoe {
 namespace {
@@ -357,9 +357,9 @@ TEST_F(SafetensorsIndexTest, AWholeFileBesideAnIndexIsAmbiguous) {
 
 /// Runs a Python script in the folder; -1 where its packages are absent.
 int run_python(const TemporaryFolder& folder, const std::string& script) {
-  if (std::system("python3 -c 'import safetensors.torch' > /dev/null 2>&1") != 0) return -1;
+  if (std::system(HYMOE_TEST_PYTHON " -c 'import safetensors.torch' > /dev/null 2>&1") != 0) return -1;
   folder.file("script.py", script);
-  return std::system(("cd '" + folder.path().string() + "' && python3 script.py").c_str());
+  return std::system(("cd '" + folder.path().string() + "' && " HYMOE_TEST_PYTHON " script.py").c_str());
 }
 
 TEST(SafetensorsPythonTest, PythonReadsOurFiles) {
@@ -380,7 +380,7 @@ assert torch.equal(tensors["transposed"], torch.arange(6.0).reshape(2, 3).t())
 assert safe_open("a.safetensors", "pt").metadata() == {"k": "ä"}
 assert load_file("none.safetensors") == {}
 )");
-  if (status < 0) GTEST_SKIP() << "python3 has no safetensors and torch";
+  if (status < 0) GTEST_SKIP() << "no safetensors and torch in " HYMOE_TEST_PYTHON;
   EXPECT_EQ(status, 0);
 }
 
@@ -392,7 +392,7 @@ from safetensors.torch import save_file
 save_file({"b": torch.arange(7, dtype=torch.uint8), "x": torch.arange(6.0).reshape(2, 3).bfloat16(),
            "e": torch.empty(0), "s": torch.tensor(3)}, "p.safetensors", metadata={"format": "pt"})
 )");
-  if (status < 0) GTEST_SKIP() << "python3 has no safetensors and torch";
+  if (status < 0) GTEST_SKIP() << "no safetensors and torch in " HYMOE_TEST_PYTHON;
   ASSERT_EQ(status, 0);
   const SafetensorsFile file(folder / "p.safetensors");
   EXPECT_EQ(file.names().size(), 4u);

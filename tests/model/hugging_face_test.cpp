@@ -3,11 +3,13 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <optional>
 #include <string>
 
 #include "hymoe/io/safetensors.h"
 #include "hymoe/model/pretrained.h"
 #include "hymoe/model/transformer.h"
+#include "temporary_folder.h"
 
 #ifndef HYMOE_TEST_PYTHON
 #define HYMOE_TEST_PYTHON "python3"
@@ -37,20 +39,17 @@ class HuggingFace : public testing::Test {
                     "sys.exit(not all(map(u.find_spec, ('torch', 'transformers', 'safetensors'))))\"")) {
       return;
     }
-    std::string name = (fs::temp_directory_path() / "hymoe_hf_XXXXXX").string();
-    folder_ = mkdtemp(name.data());
-    ASSERT_TRUE(run_script("make " + folder_.string()));
+    folder_.emplace();
+    ASSERT_TRUE(run_script("make " + folder_->path().string()));
   }
-  static void TearDownTestSuite() {
-    if (!folder_.empty()) fs::remove_all(folder_);
-  }
+  static void TearDownTestSuite() { folder_.reset(); }
   void SetUp() override {
-    if (folder_.empty()) GTEST_SKIP() << "no transformers in " HYMOE_TEST_PYTHON;
+    if (!folder_) GTEST_SKIP() << "no transformers in " HYMOE_TEST_PYTHON;
   }
 
-  static fs::path folder_;
+  static std::optional<TemporaryFolder> folder_;
 };
-fs::path HuggingFace::folder_;
+std::optional<TemporaryFolder> HuggingFace::folder_;
 
 const char* const kModels[] = {"llama", "llama_wide_heads", "llama_bf16", "qwen2", "qwen1_5"};
 
@@ -58,8 +57,8 @@ double largest_difference(const Tensor& a, const Tensor& b) { return (a - b).abs
 
 TEST_F(HuggingFace, LogitsAreTransformers) {
   for (const std::string name : kModels) {
-    const SafetensorsFile expected(folder_ / (name + ".expected.safetensors"));
-    Transformer model = load_pretrained(folder_ / name);
+    const SafetensorsFile expected(*folder_ / (name + ".expected.safetensors"));
+    Transformer model = load_pretrained(*folder_ / name);
     const Tensor ids = expected.tensor("ids");
     const Tensor logits = model->logits(model->hidden(ids, Packing::of(1, ids.size(0))).hidden);
     EXPECT_LT(largest_difference(logits, expected.tensor("logits")), 2e-4) << name;
@@ -68,8 +67,8 @@ TEST_F(HuggingFace, LogitsAreTransformers) {
 
 TEST_F(HuggingFace, LossAndGradientsAreTransformers) {
   for (const std::string name : {"llama", "qwen1_5"}) {
-    const SafetensorsFile expected(folder_ / (name + ".expected.safetensors"));
-    Transformer model = load_pretrained(folder_ / name);
+    const SafetensorsFile expected(*folder_ / (name + ".expected.safetensors"));
+    Transformer model = load_pretrained(*folder_ / name);
     const Tensor ids = expected.tensor("ids");
     const int64_t n = ids.size(0) - 1;
     const LossOutput out = model->loss(ids.narrow(0, 0, n), ids.narrow(0, 1, n), Packing::of(1, n),
@@ -86,26 +85,26 @@ TEST_F(HuggingFace, LossAndGradientsAreTransformers) {
 }
 
 TEST_F(HuggingFace, TransformersReadsWhatWeWrite) {
-  const fs::path written = folder_ / "written";
+  const fs::path written = *folder_ / "written";
   std::string names;
   for (const std::string name : kModels) {
-    save_pretrained(load_pretrained(folder_ / name), written / name, folder_ / name);
+    save_pretrained(load_pretrained(*folder_ / name), written / name, *folder_ / name);
     EXPECT_TRUE(fs::exists(written / name / "generation_config.json"));
-    fs::copy(folder_ / (name + ".expected.safetensors"), written);
+    fs::copy(*folder_ / (name + ".expected.safetensors"), written);
     names += " " + name;
   }
   EXPECT_TRUE(run_script("check " + written.string() + names));
 }
 
 TEST_F(HuggingFace, ReadsTheConfig) {
-  const ModelConfig llama = read_model_config(folder_ / "llama");
+  const ModelConfig llama = read_model_config(*folder_ / "llama");
   EXPECT_EQ(llama.family, "llama");
   EXPECT_EQ(llama.rope_theta, 5000);
   EXPECT_EQ(llama.norm_eps, 1e-5);
   EXPECT_EQ(llama.bos_token_id, 1);
   EXPECT_TRUE(llama.tie_embeddings);
-  EXPECT_EQ(read_model_config(folder_ / "llama_wide_heads").head_size(), 16);
-  const ModelConfig qwen = read_model_config(folder_ / "qwen1_5");
+  EXPECT_EQ(read_model_config(*folder_ / "llama_wide_heads").head_size(), 16);
+  const ModelConfig qwen = read_model_config(*folder_ / "qwen1_5");
   EXPECT_TRUE(qwen.qkv_bias());
   EXPECT_EQ(qwen.num_kv_heads, 4);
   EXPECT_EQ(qwen.eos_token_ids, (std::vector<int64_t>{3, 4}));

@@ -16,6 +16,7 @@
 #include "hymoe/config/config.h"
 #include "hymoe/config/error.h"
 #include "hymoe/io/file.h"
+#include "temporary_folder.h"
 
 namespace hymoe {
 namespace {
@@ -47,18 +48,12 @@ ModelConfig tiny_config(bool hybrid) {
 
 class Pretrained : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string name = (fs::temp_directory_path() / "hymoe_pretrained_XXXXXX").string();
-    folder_ = mkdtemp(name.data());
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   fs::path save(const std::string& name, bool hybrid = false) const {
     save_pretrained(Transformer(tiny_config(hybrid)), folder_ / name);
     return folder_ / name;
   }
 
-  fs::path folder_;
+  TemporaryFolder folder_;
 };
 
 void expect_equal_models(const Transformer& a, const Transformer& b) {
@@ -101,16 +96,16 @@ TEST_F(Pretrained, BuffersKeepTheirTypeInBfloat16) {
   save_pretrained(model, folder_ / "bf16");
   const SafetensorsFolder files(folder_ / "bf16");
   EXPECT_EQ(files.info("lm_head.weight").dtype, at::kBFloat16);
-  EXPECT_EQ(json::parse(read_text(folder_ / "bf16" / "config.json"))["dtype"], "bfloat16");
+  EXPECT_EQ(json::parse(read_text(folder_ / "bf16/config.json"))["dtype"], "bfloat16");
   expect_equal_models(model, load_pretrained(folder_ / "bf16", at::kCPU, at::kBFloat16));
 }
 
 TEST_F(Pretrained, TokenizerFilesComeAlong) {
   write_file_atomic(folder_ / "tokenizer.json", "{}");
   write_file_atomic(folder_ / "other.json", "{}");
-  save_pretrained(Transformer(tiny_config(false)), folder_ / "m", folder_);
-  EXPECT_TRUE(fs::exists(folder_ / "m" / "tokenizer.json"));
-  EXPECT_FALSE(fs::exists(folder_ / "m" / "other.json"));
+  save_pretrained(Transformer(tiny_config(false)), folder_ / "m", folder_.path());
+  EXPECT_TRUE(fs::exists(folder_ / "m/tokenizer.json"));
+  EXPECT_FALSE(fs::exists(folder_ / "m/other.json"));
 }
 
 // Writes the tensors of a folder anew, changed.

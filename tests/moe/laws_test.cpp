@@ -234,10 +234,8 @@ Tensor in_pieces(MoE& moe, const std::vector<Tensor>& docs, const std::vector<st
   return at::cat(all);
 }
 
-TEST_P(Modes, PrefillIsStepByStep) {
-  if (!GetParam().causal) GTEST_SKIP() << "this mode looks ahead";
+void expect_prefill_is_step_by_step(MoE moe) {
   at::NoGradGuard no_grad;
-  MoE moe = make_moe(config_of(GetParam()));
   const std::vector<int64_t> lengths = {14, 9, 3};
   std::vector<Tensor> docs;
   for (const int64_t length : lengths) docs.push_back(at::randn({length, 8}, at::kDouble));
@@ -255,9 +253,7 @@ TEST_P(Modes, PrefillIsStepByStep) {
   EXPECT_LT(max_difference(in_pieces(moe, docs, ragged), whole), kTolerance) << "ragged";
 }
 
-TEST_P(Modes, RoutersThatLookAheadRefuseToDecode) {
-  if (GetParam().causal) GTEST_SKIP() << "this mode does not look ahead";
-  MoEConfig config = config_of(GetParam());
+void expect_refusal_to_decode(MoEConfig config) {
   DecodeState state(1);
   Packing packing = Packing::of(1, 6);
   packing.state = &state;
@@ -276,6 +272,15 @@ TEST_P(Modes, RoutersThatLookAheadRefuseToDecode) {
   for (int step = 0; step < 2; ++step) {
     EXPECT_EQ(allowed->forward(x, packing).y.sizes(), x.sizes());
     state.advance(packing.offsets);
+  }
+}
+
+TEST_P(Modes, PrefillIsStepByStepOrRefused) {
+  const MoEConfig config = config_of(GetParam());
+  if (GetParam().causal) {
+    expect_prefill_is_step_by_step(make_moe(config));
+  } else {
+    expect_refusal_to_decode(config);
   }
 }
 

@@ -36,26 +36,26 @@ TEST(LoadSummary, OfEvenUnevenAndEmptyLoads) {
 }
 
 TEST(MetricsLog, DropsRowsThatAResumedRunWillLogAgain) {
-  tiny::Folder folder("metrics_");
+  TemporaryFolder folder;
   {
-    MetricsLog log(folder.path, -1);
+    MetricsLog log(folder.path(), -1);
     for (int step = 1; step <= 4; ++step) log.write({{"step", step}, {"lm_loss", 1.0 / step}});
   }
-  std::ofstream(folder.path / "metrics.jsonl", std::ios::app) << "{\"step\":5,\"lm_";  // killed while writing
-  MetricsLog log(folder.path, 2);
+  std::ofstream(folder / "metrics.jsonl", std::ios::app) << "{\"step\":5,\"lm_";  // killed while writing
+  MetricsLog log(folder.path(), 2);
   log.write({{"step", 3}, {"lm_loss", 7.0}});
-  EXPECT_EQ(read_text(folder.path / "metrics.jsonl"),
+  EXPECT_EQ(read_text(folder / "metrics.jsonl"),
             "{\"step\":1,\"lm_loss\":1.0}\n{\"step\":2,\"lm_loss\":0.5}\n{\"step\":3,\"lm_loss\":7.0}\n");
 }
 
 TEST(Report, IsOnePageWithAllRowsThatNothingInThemCanBreak) {
-  tiny::Folder folder("report_");
-  std::ofstream(folder.path / "metrics.jsonl") << R"({"step":0,"loss/rust":2.5})"
+  TemporaryFolder folder;
+  std::ofstream(folder / "metrics.jsonl") << R"({"step":0,"loss/rust":2.5})"
                                                   "\n"
                                                << R"({"step":1,"lm_loss":2.4,"note":"</script><b>"})"
                                                   "\n";
-  write_report(folder.path);
-  const std::string page = read_text(folder.path / "report.html");
+  write_report(folder.path());
+  const std::string page = read_text(folder / "report.html");
   EXPECT_NE(page.find("\"loss/rust\":2.5"), std::string::npos);
   EXPECT_EQ(page.find("</script><b>"), std::string::npos);
   EXPECT_EQ(page.find("http://"),

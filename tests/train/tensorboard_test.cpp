@@ -1,5 +1,4 @@
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <filesystem>
@@ -8,25 +7,19 @@
 
 #include "hymoe/config/error.h"
 #include "hymoe/train/tensorboard.h"
+#include "temporary_folder.h"
 
 namespace hymoe {
 namespace {
 
 namespace fs = std::filesystem;
 
-fs::path fresh_folder(const char* name) {
-  const fs::path folder = fs::temp_directory_path() / (std::string(name) + std::to_string(getpid()));
-  fs::remove_all(folder);
-  fs::create_directories(folder);
-  return folder;
-}
-
 TEST(EventWriter, Crc32cOfTheStandardCheckString) { EXPECT_EQ(crc32c("123456789"), 0xe3069283u); }
 
 TEST(EventWriter, WritesFramedRecordsWithTheScalars) {
-  const fs::path folder = fresh_folder("hymoe_events_");
-  EventWriter(folder).write(7, {{"loss", 2.5}});
-  const fs::path file = fs::directory_iterator(folder)->path();
+  const TemporaryFolder folder;
+  EventWriter(folder.path()).write(7, {{"loss", 2.5}});
+  const fs::path file = fs::directory_iterator(folder.path())->path();
   EXPECT_EQ(file.filename().string().rfind("events.out.tfevents.", 0), 0u);
   std::ifstream in(file, std::ios::binary);
   const std::string bytes{std::istreambuf_iterator<char>(in), {}};
@@ -47,7 +40,6 @@ TEST(EventWriter, WritesFramedRecordsWithTheScalars) {
   const std::string scalar = "\x0a\x04loss\x15" + std::string(reinterpret_cast<const char*>(&value), 4);
   EXPECT_NE(events[1].find(scalar), std::string::npos);
   EXPECT_NE(events[1].find(std::string("\x10\x07", 2)), std::string::npos);
-  fs::remove_all(folder);
 }
 
 TEST(EventWriter, SaysWhichFileCannotBeWritten) {

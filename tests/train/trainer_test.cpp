@@ -20,21 +20,21 @@ namespace fs = std::filesystem;
 class TrainerTest : public testing::Test {
  protected:
   static void SetUpTestSuite() {
-    shared = new tiny::Folder("trainer_");
-    tiny::write_tokenizer(shared->path / "tokenizer");
-    tiny::write_corpus(shared->path, shared->path / "tokenizer");
+    shared = new TemporaryFolder;
+    tiny::write_tokenizer(shared->path() / "tokenizer");
+    tiny::write_corpus(shared->path(), shared->path() / "tokenizer");
   }
   static void TearDownTestSuite() { delete shared; }
 
   TrainConfig config(const std::string& name) const {
     TrainConfig config;
     config.name = name;
-    config.runs = runs.path;
+    config.runs = runs.path();
     config.model = tiny::dense_config();
     config.model.moe = tiny::hybrid_moe();
     config.model.moe.branches[1].router.threshold_decay = 0.5;
     config.model.moe_layers = {1};
-    config.data.path = shared->path / "tokens";
+    config.data.path = shared->path() / "tokens";
     config.data.seq_len = 32;
     config.data.batch_size = 4;
     config.steps = 12;
@@ -43,10 +43,10 @@ class TrainerTest : public testing::Test {
     config.checkpoint = {.interval = 0, .keep = 0};
     return config;
   }
-  fs::path checkpoint(const std::string& name) const { return *latest_checkpoint(runs.path / name); }
+  fs::path checkpoint(const std::string& name) const { return *latest_checkpoint(runs / name); }
   std::vector<nlohmann::json> rows(const std::string& name) const {
     std::vector<nlohmann::json> all;
-    JsonLines lines(runs.path / name / "metrics.jsonl");
+    JsonLines lines(runs / name / "metrics.jsonl");
     for (nlohmann::json row; lines.next(row);) all.push_back(row);
     return all;
   }
@@ -54,10 +54,10 @@ class TrainerTest : public testing::Test {
     return sha256_file(checkpoint / "model.safetensors") + sha256_file(checkpoint / "optimizer.safetensors");
   }
 
-  static tiny::Folder* shared;
-  tiny::Folder runs{"runs_"};
+  static TemporaryFolder* shared;
+  TemporaryFolder runs;
 };
-tiny::Folder* TrainerTest::shared = nullptr;
+TemporaryFolder* TrainerTest::shared = nullptr;
 
 TEST_F(TrainerTest, LearnsAndWritesTheRunFolder) {
   TrainConfig config = this->config("learn");
@@ -76,7 +76,7 @@ TEST_F(TrainerTest, LearnsAndWritesTheRunFolder) {
   }
   EXPECT_EQ(rows[60]["tokens"], 60 * 4 * 32);
   for (const char* file : {"config.yaml", "metrics.jsonl", "report.html", "latest"}) {
-    EXPECT_TRUE(fs::exists(runs.path / "learn" / file)) << file;
+    EXPECT_TRUE(fs::exists(runs / "learn" / file)) << file;
   }
   EXPECT_EQ(checkpoint("learn").filename(), "step-00000060");
   EXPECT_EQ(load_pretrained(checkpoint("learn"))->num_params(), Transformer(config.model)->num_params());
@@ -148,12 +148,34 @@ TEST_F(TrainerTest, AStopRequestEndsWithACheckpoint) {
   EXPECT_EQ(checkpoint("stopped").filename(), "step-00000003");
 }
 
+TEST_F(TrainerTest, AnEvaluationLeftByAStopIsDoneAnew) {
+  TrainConfig config = this->config("left");
+  config.steps = 4;
+  config.eval.interval = 2;
+  const auto stop_at = [&](const std::string& at) {
+    int evaluations = 0;
+    return Trainer(config).run({}, [&](const std::string& language, int64_t done, int64_t) {
+      evaluations += language == "ruby" && done == 0;
+      if (language == "rust" && at == "first") Trainer::request_stop();
+      if (language == "rust" && at == "second" && evaluations > 1) Trainer::request_stop();
+    });
+  };
+  EXPECT_EQ(stop_at("first").step, 0);
+  EXPECT_EQ(stop_at("second").step, 2);
+  EXPECT_EQ(stop_at("never").step, 4);
+  std::vector<int64_t> evaluated;
+  for (const auto& row : rows("left")) {
+    if (row.contains("loss/rust")) evaluated.push_back(row["step"]);
+  }
+  EXPECT_EQ(evaluated, (std::vector<int64_t>{0, 2, 4}));
+}
+
 TEST_F(TrainerTest, KeepsTheNewestCheckpoints) {
   TrainConfig config = this->config("keep");
   config.checkpoint = {.interval = 2, .keep = 2};
   Trainer(config).run();
   std::vector<std::string> names;
-  for (const auto& entry : fs::directory_iterator(runs.path / "keep")) {
+  for (const auto& entry : fs::directory_iterator(runs / "keep")) {
     if (entry.is_directory()) names.push_back(entry.path().filename());
   }
   std::sort(names.begin(), names.end());
@@ -168,8 +190,8 @@ TEST_F(TrainerTest, ANumberThatIsNotFiniteStopsWithStepAndTensor) {
     torch::NoGradGuard no_grad;
     model->named_parameters()["model.layers.1.mlp.token.experts.down_proj"][0][0][0].fill_(NAN);
   }
-  save_pretrained(model, runs.path / "poisoned", shared->path / "tokenizer");
-  config.init = runs.path / "poisoned";
+  save_pretrained(model, runs / "poisoned", shared->path() / "tokenizer");
+  config.init = runs / "poisoned";
   config.eval.tokens = 0;
   try {
     Trainer(config).run();
@@ -240,19 +262,19 @@ TEST_F(TrainerTest, BadSettingsAreNamed) {
 }
 
 TEST_F(TrainerTest, InitGivesTheDefaultsOfTheModelSection) {
-  tiny::write_dense_checkpoint(runs.path / "dense");
-  std::ofstream(runs.path / "train.yaml")
-      << "init: " << (runs.path / "dense").string() << "\ndata: {path: x}\n"
+  tiny::write_dense_checkpoint(runs / "dense");
+  std::ofstream(runs / "train.yaml")
+      << "init: " << (runs / "dense").string() << "\ndata: {path: x}\n"
       << "model: {max_seq_len: 64}\n";
-  const TrainConfig config = load_train_config(runs.path / "train.yaml", {"data.seq_len=32", "steps=3"});
+  const TrainConfig config = load_train_config(runs / "train.yaml", {"data.seq_len=32", "steps=3"});
   EXPECT_EQ(config.model.dim, 16);
   EXPECT_EQ(config.model.max_seq_len, 64);
   // The section alone would not hold together: its MoE layer is the checkpoint's.
   Transformer hybrid(this->config("x").model);
-  save_pretrained(hybrid, runs.path / "hybrid");
-  const std::string init = "init=" + (runs.path / "hybrid").string();
+  save_pretrained(hybrid, runs / "hybrid");
+  const std::string init = "init=" + (runs / "hybrid").string();
   const TrainConfig changed = load_train_config(
-      runs.path / "train.yaml", {init, "data.seq_len=32", "model.moe.branches.0.router.top_k=2"});
+      runs / "train.yaml", {init, "data.seq_len=32", "model.moe.branches.0.router.top_k=2"});
   EXPECT_EQ(changed.model.moe.branches.size(), 2u);
   EXPECT_EQ(changed.model.moe.branches[0].router.top_k, 2);
   EXPECT_EQ(config.steps, 3);

@@ -14,7 +14,7 @@ namespace hymoe {
 namespace detail {
 
 void load_config(const Type&, void* config, const std::filesystem::path&,
-                 const std::vector<std::string>& overrides);
+                 const std::vector<std::string>& overrides, bool check);
 void parse_config(const Type&, void* config, const std::string& text, const std::string& name,
                   const std::vector<std::string>& overrides);
 void from_json(const Type&, void* config, const nlohmann::json&, const std::string& name);
@@ -33,7 +33,16 @@ void check_config(const Type&, const void* config);
 template <typename T>
 T load_config(const std::filesystem::path& path, const std::vector<std::string>& overrides = {},
               T config = {}) {
-  detail::load_config(detail::type_of<T>(), &config, path, overrides);
+  detail::load_config(detail::type_of<T>(), &config, path, overrides, /*check=*/true);
+  return config;
+}
+
+/// As load_config, less the limits of values and every check(): for a look at one setting that decides what
+/// the others stand on.
+template <typename T>
+T read_config(const std::filesystem::path& path, const std::vector<std::string>& overrides = {}) {
+  T config{};
+  detail::load_config(detail::type_of<T>(), &config, path, overrides, /*check=*/false);
   return config;
 }
 

@@ -2,7 +2,9 @@
 
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 namespace hymoe {
 
@@ -37,5 +39,11 @@ class ConfigError : public Error {
 struct DataError : Error {
   DataError(const std::string& where, const std::string& text) : Error(where + ": " + text) {}
 };
+
+/// Insertions, deletions, replacements and swaps of neighbours that turn `a` into `b`.
+size_t edit_distance(std::string_view a, std::string_view b);
+
+/// The end of an error about an unknown name: "; nearest: rust, there are cpp, go, rust".
+std::string choices(std::string_view name, const std::vector<std::string>& names);
 
 }  // namespace hymoe

@@ -103,20 +103,19 @@ class Batches {
   uint64_t phase_ = 0;            // of the golden-ratio sequence
 };
 
-/// Documents of one language's split, from the first on, each once, up to a budget of tokens. A document
-/// longer than seq_len is cut into pieces of seq_len tokens; every token but a document's first is a target
-/// exactly once. Rows are filled with whole pieces (best fit, longest first) and padded, so that no
-/// document's loss depends on batch_size.
+/// Documents of one language's split, cut into pieces of seq_len tokens; every token but a document's first
+/// is a target exactly once. A budget takes a sample: in a scrambled order that is always the same, the first
+/// piece of every document, then every second piece, and so on. Rows are filled with whole pieces (best fit,
+/// longest first) and padded, so that no document's loss depends on batch_size.
 class EvalBatches {
  public:
-  /// `max_tokens` 0: all; else documents are taken until they hold at least so many. Throws DataError as
+  /// `max_tokens` 0: all; else pieces are taken until they hold at least so many. Throws DataError as
   /// Batches does, also when there is nothing to predict.
   EvalBatches(const std::string& path, const std::string& language, int64_t seq_len, int64_t batch_size,
               int64_t max_tokens = 0, const std::string& split = "valid",
               const std::string& tokenizer_fingerprint = "");
 
   const std::string& language() const { return language_; }
-  int64_t num_documents() const { return num_documents_; }
   /// Targets in all batches.
   int64_t num_targets() const { return num_targets_; }
   int64_t size() const;
@@ -129,14 +128,13 @@ class EvalBatches {
     int64_t length;
     bool ends;  // its document: its last token has no target
   };
-  void take_documents(int64_t max_tokens);
+  std::vector<Piece> take_pieces(int64_t max_tokens);
   void fill_rows(std::vector<Piece> pieces);
 
   std::string language_;
   TokenFile file_;
   int64_t seq_len_;
   int64_t batch_size_;
-  int64_t num_documents_ = 0;
   int64_t num_targets_ = 0;
   std::vector<std::vector<Piece>> rows_;
 };

@@ -3,6 +3,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,8 +24,11 @@ struct LanguageLoss {
 };
 
 /// Mean loss of held-out documents of one language, in eval mode and without gradients; the model's mode is
-/// put back. `token_bytes` [vocab_size] int64: bytes that a token stands for.
-LanguageLoss language_loss(Transformer& model, const EvalBatches& batches, const Tensor& token_bytes);
+/// put back. `token_bytes` [vocab_size] int64: bytes that a token stands for. `go_on` is asked before each
+/// batch with the number done; where it says no there is no result.
+std::optional<LanguageLoss> language_loss(Transformer& model, const EvalBatches& batches,
+                                          const Tensor& token_bytes,
+                                          const std::function<bool(int64_t done)>& go_on = {});
 
 /// Bytes of every token, for language_loss; 0 for special tokens and for ids below vocab_size that the
 /// tokenizer lacks.

@@ -14,6 +14,7 @@ namespace hymoe {
 struct TrainState {
   int64_t step = 0;    // optimizer steps done
   int64_t tokens = 0;  // tokens trained on
+  int64_t evaluated = -1;  // step of the newest evaluation
 };
 
 struct CheckpointSource {

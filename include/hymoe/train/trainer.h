@@ -107,14 +107,17 @@ class Trainer {
  public:
   /// Called with each row of metrics.jsonl, those of evaluations too.
   using OnRow = std::function<void(const nlohmann::ordered_json& row)>;
+  /// Called while an evaluation goes on, before each batch of a language.
+  using OnEvaluation = std::function<void(const std::string& language, int64_t done, int64_t batches)>;
 
   explicit Trainer(TrainConfig config);
 
   std::filesystem::path run_folder() const;
   /// Trains to config.steps, or to a request_stop(). Throws ConfigError, DataError, and Error naming step,
   /// layer and tensor when a number is not finite.
-  TrainResult run(const OnRow& on_row = {});
-  /// Ends run() after the step at hand, with a checkpoint. Safe in a signal handler and from other threads.
+  TrainResult run(const OnRow& on_row = {}, const OnEvaluation& on_evaluation = {});
+  /// Ends run() after the step at hand, with a checkpoint; an evaluation at hand is left and done anew by the
+  /// next run(). Safe in a signal handler and from other threads.
   static void request_stop() noexcept;
 
  private:

@@ -1,15 +1,15 @@
 #pragma once
 
-#include <hymoe/io/file.h>
-
 #include <gtest/gtest.h>
-
 #include <sys/mount.h>
 #include <unistd.h>
 
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 
 /// A fresh folder for one test, removed after it.
 class TemporaryFolder {
@@ -28,7 +28,7 @@ class TemporaryFolder {
 
   /// A file of these bytes.
   std::filesystem::path file(const std::string& name, std::string_view bytes) const {
-    hymoe::write_file_atomic(path_ / name, bytes);
+    std::ofstream(path_ / name, std::ios::binary) << bytes;
     return path_ / name;
   }
 
