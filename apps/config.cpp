@@ -1,10 +1,10 @@
-#include "hymoe/config/config.h"
+#include <iostream>
 
 #include <CLI/CLI.hpp>
-#include <iostream>
 
 #include "commands.h"
 #include "eval_config.h"
+#include "hymoe/config/config.h"
 #include "hymoe/config/schema.h"
 #include "hymoe/data/prepare.h"
 #include "hymoe/growth/upcycle.h"

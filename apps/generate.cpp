@@ -1,11 +1,11 @@
-#include "hymoe/eval/generate.h"
-
-#include <CLI/CLI.hpp>
 #include <iostream>
 #include <iterator>
 
+#include <CLI/CLI.hpp>
+
 #include "commands.h"
 #include "hymoe/config/config.h"
+#include "hymoe/eval/generate.h"
 #include "hymoe/io/file.h"
 #include "hymoe/model/pretrained.h"
 

@@ -1,9 +1,10 @@
-#include <c10/util/Exception.h>
 #include <malloc.h>
 
-#include <CLI/CLI.hpp>
 #include <exception>
 #include <iostream>
+
+#include <c10/util/Exception.h>
+#include <CLI/CLI.hpp>
 
 #include "commands.h"
 #include "hymoe/config/version.h"

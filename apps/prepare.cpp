@@ -1,10 +1,10 @@
-#include "hymoe/data/prepare.h"
+#include <iostream>
 
 #include <CLI/CLI.hpp>
-#include <iostream>
 
 #include "commands.h"
 #include "hymoe/config/config.h"
+#include "hymoe/data/prepare.h"
 
 namespace hymoe {
 namespace {

@@ -1,8 +1,7 @@
-#include "hymoe/eval/score.h"
-
 #include <CLI/CLI.hpp>
 
 #include "commands.h"
+#include "hymoe/eval/score.h"
 #include "hymoe/io/jsonl.h"
 #include "hymoe/io/safetensors.h"
 #include "hymoe/model/pretrained.h"

@@ -1,7 +1,8 @@
-#include <CLI/CLI.hpp>
 #include <chrono>
 #include <fstream>
 #include <iostream>
+
+#include <CLI/CLI.hpp>
 
 #include "commands.h"
 #include "hymoe/data/tokenizer.h"

@@ -1,6 +1,7 @@
-#include <CLI/CLI.hpp>
 #include <csignal>
 #include <iostream>
+
+#include <CLI/CLI.hpp>
 
 #include "commands.h"
 #include "hymoe/train/trainer.h"
@@ -70,7 +71,8 @@ void add_train(CLI::App& program) {
       }
     };
     const auto on_evaluation = [&](const std::string& language, int64_t done, int64_t batches) {
-      progress.show("held-out loss: " + language + " " + std::to_string(done) + "/" + std::to_string(batches));
+      progress.show("held-out loss: " + language + " " + std::to_string(done) + "/" +
+                    std::to_string(batches));
     };
     const TrainResult result = trainer.run(on_row, on_evaluation);
     progress.clear();

@@ -1,10 +1,10 @@
-#include "hymoe/growth/upcycle.h"
+#include <iostream>
 
 #include <CLI/CLI.hpp>
-#include <iostream>
 
 #include "commands.h"
 #include "hymoe/config/config.h"
+#include "hymoe/growth/upcycle.h"
 
 namespace hymoe {
 
@@ -22,7 +22,12 @@ void add_upcycle(CLI::App& program) {
   command->add_flag("--json", *json, "print the receipt as JSON");
   command->callback([=] {
     const auto config = load_config<UpcycleConfig>(arguments->path, arguments->overrides);
-    const UpcycleReceipt receipt = upcycle(*source, *target, config);
+    Progress progress(!*json);
+    const UpcycleReceipt receipt =
+        upcycle(*source, *target, config, [&](const char* phase, int64_t done, int64_t total) {
+          progress.show(std::string(phase) + " " + std::to_string(done) + "/" + std::to_string(total));
+        });
+    progress.clear();
     if (*json) {
       std::cout << receipt.to_json().dump(2) << std::endl;
       return;

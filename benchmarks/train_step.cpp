@@ -1,15 +1,14 @@
 // Training steps of a pretrained model on random tokens, to hold against another library's:
 //   train_step DIR [BATCH SEQ STEPS]
-// prints as JSON the median time of a step (forward, backward, clipping, AdamW), tokens a second, and the peak
-// memory by kind: weights, gradients, the optimizer's state, what the program holds before (libraries and
-// code), and the rest: activations and scratch.
-#include <ATen/ops/full.h>
-#include <ATen/ops/randint.h>
-
+// prints as JSON the median time of a step (forward, backward, clipping, AdamW), tokens a second, and the
+// peak memory by kind: weights, gradients, the optimizer's state, what the program holds before (libraries
+// and code), and the rest: activations and scratch.
 #include <iostream>
 #include <string>
 #include <vector>
 
+#include <ATen/ops/full.h>
+#include <ATen/ops/randint.h>
 #include <nlohmann/json.hpp>
 
 #include "hymoe/model/pretrained.h"

@@ -9,7 +9,7 @@ work=.cache/quickstart
 run=runs/quickstart
 python=.venv/bin/python
 hymoe=build/apps/hymoe
-prompt=$'// language: Rust\n/// Returns the n-th Fibonacci number.\nfn fibonacci(n: u32) -> u64 {\n'
+prompt=$'// language: Rust\nimpl Stack {\n    pub fn push(&mut self, value: i32) {\n'
 
 title() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
@@ -42,7 +42,7 @@ upcycle() {
 }
 
 # complete CHECKPOINT: what it writes in Rust.
-complete() { "$hymoe" generate "$1" --prompt "$prompt" --max-new-tokens 64 --stop $'\n}'; }
+complete() { "$hymoe" generate "$1" --prompt "$prompt" --max-new-tokens 64; }
 
 train() {
   title "train: Rust, Go and Ruby with some Python, Java and C++, about five minutes"

@@ -28,7 +28,7 @@ inline std::string byte_tokenizer_json(const std::string& eos = "<|endoftext|>",
   int next = 256;
   for (std::string merge : merges) vocab[merge.erase(merge.find(' '), 1)] = next++;
   vocab[eos] = next;
-  const nlohmann::json end = {{"id", next},          {"content", eos},  {"special", true},
+  const nlohmann::json end = {{"id", next},           {"content", eos},  {"special", true},
                               {"single_word", false}, {"lstrip", false}, {"rstrip", false},
                               {"normalized", false}};
   const nlohmann::json level = {

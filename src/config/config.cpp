@@ -1,4 +1,4 @@
-#include <hymoe/config/config.h>
+#include "hymoe/config/config.h"
 
 #include <cerrno>
 #include <cstring>

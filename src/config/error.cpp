@@ -1,4 +1,4 @@
-#include <hymoe/config/error.h>
+#include "hymoe/config/error.h"
 
 #include <algorithm>
 #include <numeric>

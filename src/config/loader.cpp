@@ -1,12 +1,11 @@
 #include "config/loader.h"
 
-#include <hymoe/config/error.h>
-
 #include <algorithm>
 #include <numeric>
 #include <utility>
 
 #include "config/scalar.h"
+#include "hymoe/config/error.h"
 
 namespace hymoe {
 namespace {

@@ -1,12 +1,11 @@
 #pragma once
 
-#include <hymoe/config/fields.h>
-
 #include <map>
 #include <string>
 #include <vector>
 
 #include "config/node.h"
+#include "hymoe/config/fields.h"
 
 namespace hymoe {
 

@@ -1,7 +1,5 @@
 #include "config/node.h"
 
-#include <hymoe/config/error.h>
-
 #include <algorithm>
 #include <cctype>
 #include <map>
@@ -14,6 +12,7 @@
 #include <yaml-cpp/parser.h>
 
 #include "config/scalar.h"
+#include "hymoe/config/error.h"
 
 namespace hymoe {
 namespace {

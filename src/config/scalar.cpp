@@ -1,7 +1,5 @@
 #include "config/scalar.h"
 
-#include <hymoe/config/fields.h>
-
 #include <algorithm>
 #include <array>
 #include <charconv>
@@ -9,6 +7,8 @@
 #include <limits>
 
 #include <nlohmann/json.hpp>
+
+#include "hymoe/config/fields.h"
 
 namespace hymoe {
 namespace {

@@ -1,9 +1,9 @@
-#include <hymoe/config/config.h>
-#include <hymoe/config/schema.h>
+#include "hymoe/config/schema.h"
 
 #include <algorithm>
 
 #include "config/scalar.h"
+#include "hymoe/config/config.h"
 
 namespace hymoe {
 namespace {

@@ -1,20 +1,21 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/tensor.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
-#include <hymoe/config/config.h>
-#include <hymoe/config/error.h>
-#include <hymoe/data/batches.h>
-#include <hymoe/data/languages.h>
-#include <hymoe/data/manifest.h>
+#include "hymoe/data/batches.h"
 
 #include <algorithm>
 #include <cmath>
 #include <map>
 #include <numeric>
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
 #include "data/order.h"
+#include "hymoe/config/config.h"
+#include "hymoe/config/error.h"
+#include "hymoe/data/languages.h"
+#include "hymoe/data/manifest.h"
 
 namespace hymoe {
 namespace {

@@ -1,9 +1,9 @@
 #pragma once
 
-#include <hymoe/data/prepare.h>
-
 #include <string>
 #include <string_view>
+
+#include "hymoe/data/prepare.h"
 
 namespace hymoe {
 

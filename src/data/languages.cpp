@@ -1,11 +1,12 @@
-#include <hymoe/config/error.h>
-#include <hymoe/data/languages.h>
+#include "hymoe/data/languages.h"
 
 #include <algorithm>
 #include <string>
 #include <string_view>
 #include <unordered_map>
 #include <vector>
+
+#include "hymoe/config/error.h"
 
 namespace hymoe {
 namespace {

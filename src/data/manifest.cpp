@@ -1,9 +1,9 @@
-#include <hymoe/config/error.h>
-#include <hymoe/data/manifest.h>
+#include "hymoe/data/manifest.h"
 
 #include <utility>
 #include <vector>
 
+#include "hymoe/config/error.h"
 
 namespace hymoe {
 namespace {

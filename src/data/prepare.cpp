@@ -1,10 +1,4 @@
-#include <hymoe/config/config.h>
-#include <hymoe/config/error.h>
-#include <hymoe/config/version.h>
-#include <hymoe/data/languages.h>
-#include <hymoe/data/prepare.h>
-#include <hymoe/data/tokenizer.h>
-#include <hymoe/io/file.h>
+#include "hymoe/data/prepare.h"
 
 #include <algorithm>
 #include <chrono>
@@ -18,6 +12,12 @@
 #include "data/parallel.h"
 #include "data/prepare_config.h"
 #include "data/sources.h"
+#include "hymoe/config/config.h"
+#include "hymoe/config/error.h"
+#include "hymoe/config/version.h"
+#include "hymoe/data/languages.h"
+#include "hymoe/data/tokenizer.h"
+#include "hymoe/io/file.h"
 
 namespace hymoe {
 namespace {

@@ -1,11 +1,11 @@
 #include "data/prepare_config.h"
 
-#include <hymoe/config/config.h>
-#include <hymoe/config/error.h>
-#include <hymoe/data/languages.h>
-
 #include <filesystem>
 #include <utility>
+
+#include "hymoe/config/config.h"
+#include "hymoe/config/error.h"
+#include "hymoe/data/languages.h"
 
 namespace hymoe {
 namespace {

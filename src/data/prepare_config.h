@@ -1,6 +1,6 @@
 #pragma once
 
-#include <hymoe/data/prepare.h>
+#include "hymoe/data/prepare.h"
 
 namespace hymoe {
 

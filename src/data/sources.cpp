@@ -1,14 +1,13 @@
 #include "data/sources.h"
 
-#include <hymoe/config/error.h>
-#include <hymoe/data/languages.h>
-#include <hymoe/io/file.h>
-#include <hymoe/io/utf8.h>
-
 #include <algorithm>
 #include <system_error>
 
 #include "data/filters.h"
+#include "hymoe/config/error.h"
+#include "hymoe/data/languages.h"
+#include "hymoe/io/file.h"
+#include "hymoe/io/utf8.h"
 
 namespace hymoe {
 namespace {

@@ -1,8 +1,5 @@
 #pragma once
 
-#include <hymoe/data/prepare.h>
-#include <hymoe/io/jsonl.h>
-
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -11,6 +8,9 @@
 #include <vector>
 
 #include <nlohmann/json.hpp>
+
+#include "hymoe/data/prepare.h"
+#include "hymoe/io/jsonl.h"
 
 namespace hymoe {
 

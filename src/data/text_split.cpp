@@ -1,12 +1,12 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include "data/text_split.h"
 
-#include <pcre2.h>
-
 #include <algorithm>
 #include <cctype>
 #include <stdexcept>
 #include <utility>
+
+#include <pcre2.h>
 
 #include "data/unicode.h"
 

@@ -1,11 +1,13 @@
-#include <c10/util/Exception.h>
-#include <hymoe/config/error.h>
-#include <hymoe/data/token_file.h>
+#include "hymoe/data/token_file.h"
 
 #include <algorithm>
 #include <bit>
 #include <cstring>
 #include <utility>
+
+#include <c10/util/Exception.h>
+
+#include "hymoe/config/error.h"
 
 namespace hymoe {
 namespace {

@@ -1,13 +1,13 @@
 #include "data/unicode.h"
 
-#include <utf8proc.h>
-
 #include <algorithm>
 #include <array>
 #include <bitset>
 #include <iterator>
 #include <stdexcept>
 #include <vector>
+
+#include <utf8proc.h>
 
 namespace hymoe {
 namespace {

@@ -1,8 +1,5 @@
 #include "hymoe/eval/generate.h"
 
-#include <ATen/ops/tensor.h>
-#include <torch/csrc/autograd/grad_mode.h>
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -10,11 +7,14 @@
 #include <span>
 #include <utility>
 
-#include "guards.h"
+#include <ATen/ops/tensor.h>
+#include <torch/csrc/autograd/grad_mode.h>
+
+#include "eval/guards.h"
+#include "eval/text_stream.h"
 #include "hymoe/config/config.h"
 #include "hymoe/config/error.h"
 #include "hymoe/model/kv_cache.h"
-#include "text_stream.h"
 
 namespace hymoe {
 namespace {

@@ -1,15 +1,15 @@
 #include "hymoe/eval/score.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
-#include <torch/csrc/autograd/grad_mode.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numbers>
 
-#include "guards.h"
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+#include <torch/csrc/autograd/grad_mode.h>
+
+#include "eval/guards.h"
 
 namespace hymoe {
 namespace {

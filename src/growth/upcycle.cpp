@@ -1,11 +1,11 @@
 #include "hymoe/growth/upcycle.h"
 
+#include <algorithm>
+
 #include <ATen/ops/cat.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/grad_mode.h>
-
-#include <algorithm>
 
 #include "hymoe/config/config.h"
 #include "hymoe/config/version.h"
@@ -110,22 +110,28 @@ void copy_weights(const Transformer& dense, Transformer& hybrid) {
 // Cut-offs of threshold routers: what expert choice would have cut on the sample. A layer's input depends on
 // the layers before it, so where fusion does not preserve the dense model's output the cut-offs of deep
 // layers settle in a second pass.
-void calibrate(Transformer& model, const Sample& sample, int passes) {
+void calibrate(Transformer& model, const Sample& sample, int passes, const UpcycleProgress& progress) {
   model->train();
+  const auto batches = static_cast<int64_t>(sample.batches.size());
   for (int pass = 0; pass < passes; ++pass) {
-    for (const Batch& batch : sample.batches)
-      model->hidden(batch.tokens.flatten(), {.offsets = batch.offsets});
+    for (int64_t i = 0; i < batches; ++i) {
+      progress("calibrate", pass * batches + i, passes * batches);
+      model->hidden(sample.batches[i].tokens.flatten(), {.offsets = sample.batches[i].offsets});
+    }
     model->end_step();
   }
   model->eval();
 }
 
-void compare(Transformer& dense, Transformer& hybrid, const Sample& sample, UpcycleReceipt& receipt) {
+void compare(Transformer& dense, Transformer& hybrid, const Sample& sample, UpcycleReceipt& receipt,
+             const UpcycleProgress& progress) {
   constexpr int64_t kRows = 512;  // logits of that many rows at a time
   const auto nats = [](const Tensor& logits, const Tensor& targets) {
     return at::cross_entropy_loss(logits, targets, {}, at::Reduction::Sum, -100).item<double>();
   };
+  int64_t done = 0;
   for (const Batch& batch : sample.batches) {
+    progress("compare", done++, static_cast<int64_t>(sample.batches.size()));
     const Tensor tokens = batch.tokens.flatten(), targets = batch.targets.flatten();
     const Packing packing{.offsets = batch.offsets};
     const Tensor before = dense->hidden(tokens, packing).hidden,
@@ -176,7 +182,9 @@ nlohmann::ordered_json UpcycleReceipt::to_json() const {
   return json;
 }
 
-UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const UpcycleConfig& config) {
+UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const UpcycleConfig& config,
+                       const UpcycleProgress& told) {
+  const UpcycleProgress progress = told ? told : [](const char*, int64_t, int64_t) {};
   check_config(config);
   torch::NoGradGuard no_grad;
   Transformer dense = load_pretrained(source);
@@ -190,7 +198,7 @@ UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const Upc
   Transformer hybrid(hybrid_config(dense->config(), config), Mesh{}, Init::kNone);
   copy_weights(dense, hybrid);
   dense->eval();
-  calibrate(hybrid, sample, config.preserve ? 1 : 2);
+  calibrate(hybrid, sample, config.preserve ? 1 : 2, progress);
 
   UpcycleReceipt receipt{.source = source.string(),
                          .params_before = dense->num_params(),
@@ -198,7 +206,8 @@ UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const Upc
                          .active_params_before = dense->num_active_params(),
                          .active_params_after = hybrid->num_active_params(),
                          .moe_layers = hybrid->config().moe_layers};
-  compare(dense, hybrid, sample, receipt);
+  compare(dense, hybrid, sample, receipt, progress);
+  progress("write", 0, 1);
   const Parameters parameters = hybrid->named_parameters();
   for (const auto& name : frozen_parameters(hybrid))
     receipt.frozen.emplace_back(name, sha256_of(parameters[name]));

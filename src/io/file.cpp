@@ -1,9 +1,6 @@
-#include <hymoe/io/file.h>
-
-#include <hymoe/config/error.h>
+#include "hymoe/io/file.h"
 
 #include <fcntl.h>
-#include <openssl/evp.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -17,6 +14,10 @@
 #include <random>
 #include <utility>
 #include <vector>
+
+#include <openssl/evp.h>
+
+#include "hymoe/config/error.h"
 
 namespace hymoe {
 namespace fs = std::filesystem;

@@ -1,17 +1,18 @@
-#include <hymoe/io/jsonl.h>
-
-#include <hymoe/config/error.h>
-#include <hymoe/io/utf8.h>
+#include "hymoe/io/jsonl.h"
 
 #include <fcntl.h>
 #include <unistd.h>
-#include <zlib.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <string_view>
 #include <utility>
+
+#include <zlib.h>
+
+#include "hymoe/config/error.h"
+#include "hymoe/io/utf8.h"
 
 namespace hymoe {
 namespace {

@@ -1,9 +1,4 @@
-#include <hymoe/io/safetensors.h>
-
-#include <hymoe/config/error.h>
-
-#include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
+#include "hymoe/io/safetensors.h"
 
 #include <algorithm>
 #include <bit>
@@ -12,9 +7,12 @@
 #include <set>
 #include <span>
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <nlohmann/json.hpp>
 
-#include "safetensors_dtypes.h"
+#include "hymoe/config/error.h"
+#include "io/safetensors_dtypes.h"
 
 namespace hymoe {
 namespace fs = std::filesystem;

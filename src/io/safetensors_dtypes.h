@@ -1,11 +1,11 @@
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
 #include <array>
 #include <optional>
 #include <string_view>
 #include <utility>
+
+#include <c10/core/ScalarType.h>
 
 namespace hymoe {
 

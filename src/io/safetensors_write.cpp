@@ -1,7 +1,3 @@
-#include <hymoe/config/error.h>
-#include <hymoe/io/safetensors.h>
-#include <hymoe/io/utf8.h>
-
 #include <algorithm>
 #include <cstring>
 #include <set>
@@ -9,7 +5,10 @@
 
 #include <nlohmann/json.hpp>
 
-#include "safetensors_dtypes.h"
+#include "hymoe/config/error.h"
+#include "hymoe/io/safetensors.h"
+#include "hymoe/io/utf8.h"
+#include "io/safetensors_dtypes.h"
 
 namespace hymoe {
 namespace fs = std::filesystem;

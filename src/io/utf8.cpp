@@ -1,4 +1,4 @@
-#include <hymoe/io/utf8.h>
+#include "hymoe/io/utf8.h"
 
 #include <cstdint>
 #include <cstring>

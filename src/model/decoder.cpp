@@ -1,11 +1,11 @@
-#include "decoder.h"
+#include "model/decoder.h"
+
+#include <string>
+#include <utility>
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
-
-#include <string>
-#include <utility>
 
 #include "hymoe/ops/attention.h"
 #include "hymoe/ops/grouped.h"

@@ -1,12 +1,12 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/linear.h>
-#include <torch/nn/module.h>
-
 #include <cstdint>
 #include <memory>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/linear.h>
+#include <torch/nn/module.h>
 
 #include "hymoe/model/transformer.h"
 

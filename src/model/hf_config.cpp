@@ -1,11 +1,10 @@
-#include <c10/util/Exception.h>
-
 #include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include <c10/util/Exception.h>
 #include <nlohmann/json.hpp>
 
 #include "hymoe/config/config.h"

@@ -1,9 +1,9 @@
 #include "hymoe/model/kv_cache.h"
 
+#include <algorithm>
+
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/grad_mode.h>
-
-#include <algorithm>
 
 namespace hymoe {
 namespace {

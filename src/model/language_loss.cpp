@@ -1,10 +1,10 @@
 #include "hymoe/model/language_loss.h"
 
-#include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/grad_mode.h>
-
 #include <cmath>
 #include <numbers>
+
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/grad_mode.h>
 
 namespace hymoe {
 

@@ -1,7 +1,5 @@
 #include "hymoe/model/pretrained.h"
 
-#include <torch/csrc/autograd/grad_mode.h>
-
 #include <algorithm>
 #include <optional>
 #include <sstream>
@@ -9,6 +7,8 @@
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include <torch/csrc/autograd/grad_mode.h>
 
 #include "hymoe/config/error.h"
 #include "hymoe/io/file.h"

@@ -1,12 +1,5 @@
 #include "hymoe/model/transformer.h"
 
-#include <ATen/ops/embedding.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/grad_mode.h>
-
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
@@ -14,11 +7,18 @@
 #include <string_view>
 #include <utility>
 
-#include "decoder.h"
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/grad_mode.h>
+
 #include "hymoe/config/config.h"
 #include "hymoe/ops/cross_entropy.h"
 #include "hymoe/ops/norm.h"
 #include "hymoe/ops/rotary.h"
+#include "model/decoder.h"
 
 namespace hymoe {
 namespace {

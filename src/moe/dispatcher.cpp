@@ -1,8 +1,8 @@
 #include "hymoe/moe/dispatcher.h"
 
-#include <torch/types.h>
-
 #include <numeric>
+
+#include <torch/types.h>
 
 namespace hymoe {
 namespace {

@@ -1,8 +1,8 @@
 #include "hymoe/moe/experts.h"
 
-#include <torch/types.h>
-
 #include <cmath>
+
+#include <torch/types.h>
 
 #include "hymoe/ops/grouped.h"
 

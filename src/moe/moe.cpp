@@ -1,10 +1,10 @@
 #include "hymoe/moe/moe.h"
 
-#include <torch/types.h>
-
 #include <cmath>
 #include <numeric>
 #include <set>
+
+#include <torch/types.h>
 
 #include "hymoe/config/config.h"
 

@@ -1,8 +1,8 @@
 #include "hymoe/moe/routing.h"
 
-#include <torch/types.h>
-
 #include <algorithm>
+
+#include <torch/types.h>
 
 namespace hymoe {
 

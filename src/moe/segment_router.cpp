@@ -1,9 +1,9 @@
 #include "hymoe/moe/segment_router.h"
 
-#include <torch/types.h>
-
 #include <cmath>
 #include <limits>
+
+#include <torch/types.h>
 
 #include "hymoe/config/config.h"
 #include "hymoe/moe/losses.h"

@@ -1,11 +1,11 @@
 #include "hymoe/ops/attention.h"
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/types.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
 #include "ops/cpu.h"

@@ -1,12 +1,11 @@
 #include "hymoe/ops/cross_entropy.h"
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/types.h>
-
-#include <ATen/Dispatch.h>
-
 #include <algorithm>
 #include <cmath>
+
+#include <ATen/Dispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/types.h>
 
 #include "ops/cpu.h"
 

@@ -1,10 +1,9 @@
 #include "hymoe/ops/gates.h"
 
-#include <torch/types.h>
-
 #include <algorithm>
 
 #include <ATen/Dispatch.h>
+#include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
 #include "ops/cpu.h"

@@ -1,15 +1,14 @@
 #include "hymoe/ops/grouped.h"
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/types.h>
-
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-
 #include <algorithm>
 #include <atomic>
 #include <numeric>
 #include <vector>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
 #include "ops/cpu.h"

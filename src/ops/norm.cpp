@@ -1,11 +1,10 @@
 #include "hymoe/ops/norm.h"
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/types.h>
+#include <cmath>
 
 #include <ATen/Dispatch.h>
-
-#include <cmath>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
 #include "ops/cpu.h"

@@ -1,13 +1,12 @@
 #include "hymoe/ops/permute.h"
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/types.h>
-
-#include <ATen/Dispatch.h>
-
 #include <cstring>
 #include <optional>
 #include <vector>
+
+#include <ATen/Dispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
 #include "ops/cpu.h"

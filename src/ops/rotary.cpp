@@ -1,9 +1,8 @@
 #include "hymoe/ops/rotary.h"
 
+#include <ATen/Dispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/types.h>
-
-#include <ATen/Dispatch.h>
 
 #include "hymoe/ops/plain.h"
 #include "ops/cpu.h"

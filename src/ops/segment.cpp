@@ -1,14 +1,13 @@
 #include "hymoe/ops/segment.h"
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/types.h>
-
-#include <ATen/Dispatch.h>
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
+
+#include <ATen/Dispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
 #include "ops/cpu.h"

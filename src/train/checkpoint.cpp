@@ -1,11 +1,10 @@
 #include "hymoe/train/checkpoint.h"
 
-#include <ATen/Context.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdio>
 
+#include <ATen/Context.h>
 #include <nlohmann/json.hpp>
 
 #include "hymoe/config/error.h"

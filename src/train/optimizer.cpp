@@ -1,10 +1,10 @@
 #include "hymoe/train/optimizer.h"
 
+#include <cmath>
+
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <torch/csrc/autograd/grad_mode.h>
-
-#include <cmath>
 
 #include "hymoe/config/error.h"
 

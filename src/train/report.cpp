@@ -14,7 +14,8 @@ body{font:14px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1080px;padding
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}
 table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #eee}
 td:first-child,th:first-child{text-align:left}.charts{display:flex;flex-wrap:wrap;gap:1em}
-figure{margin:0}figcaption{font-size:.9em;color:#555}.better{color:#0a6b2d}.worse{color:#a3261b}
+figure{margin:0;width:500px}figcaption{font-size:.9em;color:#555}.legend{font-size:.8em;line-height:1.3;display:flex;flex-wrap:wrap;gap:0 .8em}
+.maps{display:flex;flex-wrap:wrap;gap:0 2em}.maps p{margin:.8em 0 .2em}.better{color:#0a6b2d}.worse{color:#a3261b}
 .heat td{padding:0;width:1.6em;height:1.4em;border:1px solid #fff}.heat td:first-child,.heat th{width:auto;padding:0 .6em;font-weight:normal}
 </style></head><body><h1 id="title"></h1><p id="summary"></p><div id="body"></div>
 <script id="data" type="application/json">)html";
@@ -50,10 +51,11 @@ function chart(parent, title, series) {
     const u = x0 + (x1 - x0) * i / 4;
     svg('text', s, {x: x(u), y: H - 8, 'text-anchor': i == 4 ? 'end' : 'middle', 'font-size': 11, fill: '#555'}).textContent = Math.round(u);
   }
+  const legend = element('div', figure, undefined, 'legend');
   series.forEach((line, i) => {
     const color = colors[i % colors.length];
     svg('polyline', s, {fill: 'none', stroke: color, 'stroke-width': 1.6, points: line.points.map(p => x(p[0]).toFixed(1) + ',' + y(p[1]).toFixed(1)).join(' ')});
-    if (series.length > 1) svg('text', s, {x: W - R - 4, y: T + 12 + 14 * i, 'text-anchor': 'end', 'font-size': 11, fill: color}).textContent = line.name;
+    if (series.length > 1) element('span', legend, line.name).style.color = color;
   });
 }
 const pick = (rows, key) => ({name: key, points: rows.filter(r => key in r).map(r => [r.step, r[key]])});
@@ -89,14 +91,15 @@ for (const [prefix, title] of [['load/', 'load (largest / mean)'], ['entropy/', 
 const heat = [...evals].reverse().find(r => Object.keys(r).some(k => k.startsWith('rows_per_expert/')));
 if (heat) {
   element('h2', body, `Which expert a language uses (step ${heat.step}; share of the language's routed rows)`);
-  const maps = {};
+  const maps = {}, grid = element('div', body, undefined, 'maps');
   for (const k of Object.keys(heat)) {
     const m = k.match(/^rows_per_expert\/([^/]+)\/(.+)$/);
     if (m) (maps[m[2]] ??= []).push([m[1], heat[k]]);
   }
   for (const name in maps) {
-    element('p', body, name);
-    const table = element('table', body, undefined, 'heat');
+    const map = element('div', grid);
+    element('p', map, name);
+    const table = element('table', map, undefined, 'heat');
     for (const [language, counts] of maps[name]) {
       const row = element('tr', table), sum = counts.reduce((a, b) => a + b, 0) || 1; element('td', row, language);
       const top = Math.max(1 / counts.length * 2, ...counts.map(c => c / sum));

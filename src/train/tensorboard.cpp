@@ -1,4 +1,5 @@
 #include "hymoe/train/tensorboard.h"
+
 #include <unistd.h>
 
 #include <array>

@@ -1,13 +1,13 @@
 #include "hymoe/train/trainer.h"
 
+#include <atomic>
+#include <chrono>
+#include <cmath>
+
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/grad_mode.h>
-
-#include <atomic>
-#include <chrono>
-#include <cmath>
 
 #include "hymoe/config/config.h"
 #include "hymoe/config/schema.h"

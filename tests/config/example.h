@@ -1,10 +1,10 @@
 #pragma once
 
-#include <hymoe/config/config.h>
-
 #include <functional>
 #include <string>
 #include <vector>
+
+#include "hymoe/config/config.h"
 
 namespace hymoe {
 

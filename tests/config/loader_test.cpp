@@ -1,10 +1,9 @@
-#include <hymoe/config/config.h>
-
 #include <limits>
 
 #include <gtest/gtest.h>
 
 #include "config/example.h"
+#include "hymoe/config/config.h"
 
 namespace hymoe {
 namespace {

@@ -1,5 +1,4 @@
-#include <hymoe/config/config.h>
-#include <hymoe/config/schema.h>
+#include "hymoe/config/schema.h"
 
 #include <algorithm>
 #include <sstream>
@@ -7,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "config/example.h"
+#include "hymoe/config/config.h"
 
 namespace hymoe {
 namespace {

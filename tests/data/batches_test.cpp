@@ -1,7 +1,9 @@
-#include <hymoe/data/batches.h>
+#include "hymoe/data/batches.h"
 
-#include <hymoe/config/error.h>
-#include <hymoe/data/manifest.h>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
@@ -9,11 +11,8 @@
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
 
-#include <map>
-#include <set>
-#include <string>
-#include <vector>
-
+#include "hymoe/config/error.h"
+#include "hymoe/data/manifest.h"
 #include "temporary_folder.h"
 
 namespace hymoe {

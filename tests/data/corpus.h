@@ -1,18 +1,17 @@
 #pragma once
 
-#include <hymoe/data/prepare.h>
-#include <hymoe/data/token_file.h>
-#include <hymoe/io/file.h>
-
-#include <gtest/gtest.h>
-
 #include <filesystem>
 #include <fstream>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include <gtest/gtest.h>
+
 #include "byte_tokenizer.h"
+#include "hymoe/data/prepare.h"
+#include "hymoe/data/token_file.h"
+#include "hymoe/io/file.h"
 #include "temporary_folder.h"
 
 namespace hymoe {

@@ -1,8 +1,8 @@
-#include "data/filters.h"
+#include <string>
 
 #include <gtest/gtest.h>
 
-#include <string>
+#include "data/filters.h"
 
 namespace hymoe {
 namespace {

@@ -1,14 +1,13 @@
-#include <hymoe/data/languages.h>
-
-#include <hymoe/config/error.h>
-
-#include <gtest/gtest.h>
+#include "hymoe/data/languages.h"
 
 #include <algorithm>
 #include <map>
 #include <set>
 #include <string>
 
+#include <gtest/gtest.h>
+
+#include "hymoe/config/error.h"
 #include "temporary_folder.h"
 
 namespace hymoe {

@@ -1,10 +1,10 @@
-#include "data/order.h"
-
-#include <gtest/gtest.h>
-
 #include <cmath>
 #include <set>
 #include <vector>
+
+#include <gtest/gtest.h>
+
+#include "data/order.h"
 
 namespace hymoe {
 namespace {

@@ -1,13 +1,4 @@
-#include <hymoe/data/prepare.h>
-
-#include <hymoe/config/config.h>
-#include <hymoe/config/error.h>
-#include <hymoe/config/version.h>
-#include <hymoe/data/tokenizer.h>
-
-#include <gtest/gtest.h>
-
-#include <zlib.h>
+#include "hymoe/data/prepare.h"
 
 #include <algorithm>
 #include <filesystem>
@@ -16,7 +7,14 @@
 #include <string>
 #include <vector>
 
+#include <gtest/gtest.h>
+#include <zlib.h>
+
 #include "data/corpus.h"
+#include "hymoe/config/config.h"
+#include "hymoe/config/error.h"
+#include "hymoe/config/version.h"
+#include "hymoe/data/tokenizer.h"
 
 namespace hymoe {
 namespace {

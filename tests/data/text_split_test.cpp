@@ -1,11 +1,10 @@
-#include "data/text_split.h"
-
-#include <gtest/gtest.h>
-
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include <gtest/gtest.h>
+
+#include "data/text_split.h"
 #include "data/unicode.h"
 
 namespace hymoe {

@@ -1,16 +1,15 @@
-#include <hymoe/data/token_file.h>
-
-#include <hymoe/config/error.h>
-#include <hymoe/data/manifest.h>
-
-#include <c10/util/Exception.h>
-#include <gtest/gtest.h>
+#include "hymoe/data/token_file.h"
 
 #include <cstring>
 #include <numeric>
 #include <string>
 #include <vector>
 
+#include <c10/util/Exception.h>
+#include <gtest/gtest.h>
+
+#include "hymoe/config/error.h"
+#include "hymoe/data/manifest.h"
 #include "temporary_folder.h"
 
 namespace hymoe {

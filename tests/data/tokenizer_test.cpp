@@ -1,11 +1,10 @@
 #include "hymoe/data/tokenizer.h"
 
-#include <gtest/gtest.h>
-
 #include <fstream>
 #include <random>
 #include <thread>
 
+#include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
 #include "data/bpe.h"

@@ -1,11 +1,11 @@
 #include "hymoe/eval/generate.h"
 
-#include <ATen/ops/tensor.h>
-#include <gtest/gtest.h>
-
 #include <map>
 #include <string>
 #include <vector>
+
+#include <ATen/ops/tensor.h>
+#include <gtest/gtest.h>
 
 #include "hymoe/config/error.h"
 #include "tiny_model.h"

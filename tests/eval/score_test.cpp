@@ -1,10 +1,10 @@
 #include "hymoe/eval/score.h"
 
-#include <ATen/ops/tensor.h>
-#include <gtest/gtest.h>
-
 #include <cmath>
 #include <string>
+
+#include <ATen/ops/tensor.h>
+#include <gtest/gtest.h>
 
 #include "hymoe/config/error.h"
 #include "tiny_model.h"

@@ -1,8 +1,8 @@
-#include "eval/text_stream.h"
+#include <string>
 
 #include <gtest/gtest.h>
 
-#include <string>
+#include "eval/text_stream.h"
 
 namespace hymoe {
 namespace {

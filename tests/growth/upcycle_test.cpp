@@ -87,8 +87,7 @@ TEST_F(Upcycle, CalibratesThresholdRouters) {
 TEST_F(Upcycle, IsDeterministic) {
   upcycle(dense(), hybrid(), config());
   upcycle(dense(), folder / "again", config());
-  EXPECT_EQ(sha256_file(hybrid() / "model.safetensors"),
-            sha256_file(folder / "again" / "model.safetensors"));
+  EXPECT_EQ(sha256_file(hybrid() / "model.safetensors"), sha256_file(folder / "again" / "model.safetensors"));
 }
 
 TEST_F(Upcycle, HashesFrozenTensors) {

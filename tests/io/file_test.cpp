@@ -1,8 +1,4 @@
-#include <hymoe/io/file.h>
-
-#include <hymoe/config/error.h>
-
-#include <gtest/gtest.h>
+#include "hymoe/io/file.h"
 
 #include <signal.h>
 #include <sys/stat.h>
@@ -15,6 +11,9 @@
 #include <string>
 #include <thread>
 
+#include <gtest/gtest.h>
+
+#include "hymoe/config/error.h"
 #include "temporary_folder.h"
 
 namespace hymoe {

@@ -1,14 +1,12 @@
-#include <hymoe/io/jsonl.h>
-
-#include <hymoe/config/error.h>
-
-#include <gtest/gtest.h>
-
-#include <zlib.h>
+#include "hymoe/io/jsonl.h"
 
 #include <string>
 #include <vector>
 
+#include <gtest/gtest.h>
+#include <zlib.h>
+
+#include "hymoe/config/error.h"
 #include "temporary_folder.h"
 
 namespace hymoe {

@@ -1,9 +1,4 @@
-#include <hymoe/io/safetensors.h>
-
-#include <hymoe/config/error.h>
-
-#include <ATen/Functions.h>
-#include <gtest/gtest.h>
+#include "hymoe/io/safetensors.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +6,10 @@
 #include <random>
 #include <string>
 
+#include <ATen/Functions.h>
+#include <gtest/gtest.h>
+
+#include "hymoe/config/error.h"
 #include "temporary_folder.h"
 
 namespace hymoe {

@@ -1,8 +1,8 @@
-#include <hymoe/io/utf8.h>
-
-#include <gtest/gtest.h>
+#include "hymoe/io/utf8.h"
 
 #include <string>
+
+#include <gtest/gtest.h>
 
 namespace hymoe {
 namespace {

@@ -1,10 +1,10 @@
-#include <ATen/ops/full.h>
-#include <gtest/gtest.h>
-
 #include <cstdlib>
 #include <filesystem>
 #include <optional>
 #include <string>
+
+#include <ATen/ops/full.h>
+#include <gtest/gtest.h>
 
 #include "hymoe/io/safetensors.h"
 #include "hymoe/model/pretrained.h"

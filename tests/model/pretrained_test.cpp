@@ -1,16 +1,15 @@
 #include "hymoe/model/pretrained.h"
 
-#include <ATen/ops/randint.h>
-#include <ATen/ops/zeros.h>
-#include <gtest/gtest.h>
-#include <torch/csrc/autograd/grad_mode.h>
-
 #include <algorithm>
 #include <filesystem>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include <ATen/ops/randint.h>
+#include <ATen/ops/zeros.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/grad_mode.h>
 #include <nlohmann/json.hpp>
 
 #include "hymoe/config/config.h"

@@ -1,5 +1,9 @@
 #include "hymoe/model/transformer.h"
 
+#include <cmath>
+#include <string>
+#include <vector>
+
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
@@ -9,10 +13,6 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/utils.h>
-
-#include <cmath>
-#include <string>
-#include <vector>
 
 #include "hymoe/config/config.h"
 #include "hymoe/config/error.h"

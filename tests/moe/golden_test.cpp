@@ -1,7 +1,7 @@
+#include <filesystem>
+
 #include <gtest/gtest.h>
 #include <torch/types.h>
-
-#include <filesystem>
 
 #include "hymoe/io/safetensors.h"
 #include "hymoe/ops/gates.h"

@@ -1,13 +1,13 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <torch/types.h>
-
 #include <algorithm>
 #include <functional>
 #include <limits>
 #include <string>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <torch/types.h>
 
 #include "hymoe/moe/moe.h"
 

@@ -1,8 +1,8 @@
 #include "hymoe/moe/segment_router.h"
 
-#include <gtest/gtest.h>
-
 #include <limits>
+
+#include <gtest/gtest.h>
 
 #include "hymoe/config/error.h"
 #include "moe/layers.h"

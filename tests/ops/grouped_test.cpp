@@ -1,10 +1,10 @@
 #include "hymoe/ops/grouped.h"
 
-#include <gtest/gtest-spi.h>
-#include <torch/csrc/autograd/custom_function.h>
-
 #include <cmath>
 #include <vector>
+
+#include <gtest/gtest-spi.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "hymoe/ops/plain.h"
 #include "ops/cpu.h"

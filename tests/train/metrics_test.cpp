@@ -1,8 +1,8 @@
 #include "hymoe/train/metrics.h"
 
-#include <gtest/gtest.h>
-
 #include <fstream>
+
+#include <gtest/gtest.h>
 
 #include "hymoe/io/file.h"
 #include "hymoe/train/report.h"
@@ -51,9 +51,9 @@ TEST(MetricsLog, DropsRowsThatAResumedRunWillLogAgain) {
 TEST(Report, IsOnePageWithAllRowsThatNothingInThemCanBreak) {
   TemporaryFolder folder;
   std::ofstream(folder / "metrics.jsonl") << R"({"step":0,"loss/rust":2.5})"
-                                                  "\n"
-                                               << R"({"step":1,"lm_loss":2.4,"note":"</script><b>"})"
-                                                  "\n";
+                                             "\n"
+                                          << R"({"step":1,"lm_loss":2.4,"note":"</script><b>"})"
+                                             "\n";
   write_report(folder.path());
   const std::string page = read_text(folder / "report.html");
   EXPECT_NE(page.find("\"loss/rust\":2.5"), std::string::npos);

@@ -1,9 +1,9 @@
 #include "hymoe/train/optimizer.h"
 
+#include <cmath>
+
 #include <gtest/gtest.h>
 #include <torch/types.h>
-
-#include <cmath>
 
 #include "hymoe/config/error.h"
 

@@ -1,6 +1,6 @@
-#include <gtest/gtest.h>
-
 #include "hymoe/train/schedule.h"
+
+#include <gtest/gtest.h>
 
 namespace hymoe {
 namespace {

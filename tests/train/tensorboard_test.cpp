@@ -1,12 +1,13 @@
-#include <gtest/gtest.h>
+#include "hymoe/train/tensorboard.h"
 
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 
+#include <gtest/gtest.h>
+
 #include "hymoe/config/error.h"
-#include "hymoe/train/tensorboard.h"
 #include "temporary_folder.h"
 
 namespace hymoe {

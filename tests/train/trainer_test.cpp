@@ -1,8 +1,8 @@
 #include "hymoe/train/trainer.h"
 
-#include <gtest/gtest.h>
-
 #include <cmath>
+
+#include <gtest/gtest.h>
 
 #include "hymoe/config/config.h"
 #include "hymoe/io/file.h"
@@ -263,9 +263,8 @@ TEST_F(TrainerTest, BadSettingsAreNamed) {
 
 TEST_F(TrainerTest, InitGivesTheDefaultsOfTheModelSection) {
   tiny::write_dense_checkpoint(runs / "dense");
-  std::ofstream(runs / "train.yaml")
-      << "init: " << (runs / "dense").string() << "\ndata: {path: x}\n"
-      << "model: {max_seq_len: 64}\n";
+  std::ofstream(runs / "train.yaml") << "init: " << (runs / "dense").string() << "\ndata: {path: x}\n"
+                                     << "model: {max_seq_len: 64}\n";
   const TrainConfig config = load_train_config(runs / "train.yaml", {"data.seq_len=32", "steps=3"});
   EXPECT_EQ(config.model.dim, 16);
   EXPECT_EQ(config.model.max_seq_len, 64);

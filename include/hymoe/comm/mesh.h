@@ -1,6 +1,6 @@
 #pragma once
 
-#include <hymoe/comm/group.h>
+#include "hymoe/comm/group.h"
 
 namespace hymoe {
 

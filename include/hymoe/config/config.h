@@ -1,13 +1,13 @@
 #pragma once
 
-#include <hymoe/config/error.h>
-#include <hymoe/config/fields.h>
-
 #include <filesystem>
 #include <string>
 #include <vector>
 
 #include <nlohmann/json.hpp>
+
+#include "hymoe/config/error.h"
+#include "hymoe/config/fields.h"
 
 namespace hymoe {
 

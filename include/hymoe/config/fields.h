@@ -1,7 +1,5 @@
 #pragma once
 
-#include <hymoe/config/error.h>
-
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -14,6 +12,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "hymoe/config/error.h"
 
 namespace hymoe {
 

@@ -1,11 +1,11 @@
 #pragma once
 
-#include <hymoe/config/fields.h>
-
 #include <string>
 #include <vector>
 
 #include <nlohmann/json.hpp>
+
+#include "hymoe/config/fields.h"
 
 namespace hymoe {
 

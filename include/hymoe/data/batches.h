@@ -1,13 +1,14 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <hymoe/config/fields.h>
-#include <hymoe/data/token_file.h>
-
 #include <cstdint>
 #include <map>
 #include <string>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "hymoe/config/fields.h"
+#include "hymoe/data/token_file.h"
 
 namespace hymoe {
 

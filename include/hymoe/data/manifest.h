@@ -1,13 +1,13 @@
 #pragma once
 
-#include <hymoe/data/token_file.h>
-
 #include <cstdint>
 #include <filesystem>
 #include <map>
 #include <string>
 
 #include <nlohmann/json.hpp>
+
+#include "hymoe/data/token_file.h"
 
 namespace hymoe {
 

@@ -1,13 +1,13 @@
 #pragma once
 
-#include <hymoe/config/fields.h>
-#include <hymoe/data/manifest.h>
-
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <string>
 #include <vector>
+
+#include "hymoe/config/fields.h"
+#include "hymoe/data/manifest.h"
 
 namespace hymoe {
 

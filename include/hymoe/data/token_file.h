@@ -1,13 +1,13 @@
 #pragma once
 
-#include <hymoe/io/file.h>
-
 #include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <span>
 #include <string>
 #include <vector>
+
+#include "hymoe/io/file.h"
 
 namespace hymoe {
 

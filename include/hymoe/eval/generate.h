@@ -1,14 +1,14 @@
 #pragma once
 
-#include <hymoe/config/fields.h>
-#include <hymoe/data/tokenizer.h>
-#include <hymoe/model/transformer.h>
-
 #include <cstdint>
 #include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "hymoe/config/fields.h"
+#include "hymoe/data/tokenizer.h"
+#include "hymoe/model/transformer.h"
 
 namespace hymoe {
 

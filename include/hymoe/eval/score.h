@@ -1,13 +1,14 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <hymoe/data/tokenizer.h>
-#include <hymoe/model/transformer.h>
-
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "hymoe/data/tokenizer.h"
+#include "hymoe/model/transformer.h"
 
 namespace hymoe {
 

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -62,12 +63,15 @@ struct UpcycleReceipt {
   nlohmann::ordered_json to_json() const;
 };
 
+/// What is being done ("calibrate", "compare", "write") and how much of it is done.
+using UpcycleProgress = std::function<void(const char* phase, int64_t done, int64_t total)>;
+
 /// Turns the dense Hugging Face checkpoint in `source` into a hybrid MoE checkpoint in `target` (sparse
 /// upcycling, Komatsuzaki et al., arXiv 2212.05055): in the chosen layers the FFN is copied into the shared
 /// expert and into every expert of every branch; routers get fresh weights, threshold routers cut-offs
 /// measured on the sample. All else is copied. `target` appears complete or not at all, with receipt.json.
 /// Throws ConfigError, DataError.
 UpcycleReceipt upcycle(const std::filesystem::path& source, const std::filesystem::path& target,
-                       const UpcycleConfig& config);
+                       const UpcycleConfig& config, const UpcycleProgress& progress = {});
 
 }  // namespace hymoe

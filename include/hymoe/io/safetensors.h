@@ -1,9 +1,5 @@
 #pragma once
 
-#include <hymoe/io/file.h>
-
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -13,6 +9,10 @@
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "hymoe/io/file.h"
 
 namespace hymoe {
 

@@ -1,11 +1,11 @@
 #pragma once
 
-#include <hymoe/config/fields.h>
-#include <hymoe/moe/moe.h>
-
 #include <cstdint>
 #include <string>
 #include <vector>
+
+#include "hymoe/config/fields.h"
+#include "hymoe/moe/moe.h"
 
 namespace hymoe {
 

@@ -1,12 +1,13 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <hymoe/model/config.h>
-#include <hymoe/moe/routing.h>
-
 #include <cstdint>
 #include <utility>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "hymoe/model/config.h"
+#include "hymoe/moe/routing.h"
 
 namespace hymoe {
 

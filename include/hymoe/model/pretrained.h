@@ -1,16 +1,16 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/Device.h>
-#include <c10/core/ScalarType.h>
-#include <hymoe/io/safetensors.h>
-#include <hymoe/model/config.h>
-#include <hymoe/model/transformer.h>
-
 #include <filesystem>
 #include <string>
 
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
 #include <nlohmann/json.hpp>
+
+#include "hymoe/io/safetensors.h"
+#include "hymoe/model/config.h"
+#include "hymoe/model/transformer.h"
 
 namespace hymoe {
 

@@ -1,18 +1,19 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <hymoe/comm/mesh.h>
-#include <hymoe/model/config.h>
-#include <hymoe/model/kv_cache.h>
-#include <hymoe/moe/moe.h>
-#include <hymoe/moe/routing.h>
-#include <torch/nn/module.h>
-#include <torch/nn/pimpl.h>
-
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+#include "hymoe/comm/mesh.h"
+#include "hymoe/model/config.h"
+#include "hymoe/model/kv_cache.h"
+#include "hymoe/moe/moe.h"
+#include "hymoe/moe/routing.h"
 
 namespace hymoe {
 

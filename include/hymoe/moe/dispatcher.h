@@ -1,12 +1,13 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <hymoe/comm/group.h>
-#include <hymoe/moe/routing.h>
-#include <hymoe/ops/permute.h>
-
 #include <cstdint>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "hymoe/comm/group.h"
+#include "hymoe/moe/routing.h"
+#include "hymoe/ops/permute.h"
 
 namespace hymoe {
 

@@ -1,10 +1,5 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <hymoe/moe/registry.h>
-#include <torch/nn/module.h>
-#include <torch/nn/pimpl.h>
-
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -12,6 +7,12 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+#include "hymoe/moe/registry.h"
 
 namespace hymoe {
 

@@ -1,7 +1,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <hymoe/moe/router.h>
+
+#include "hymoe/moe/router.h"
 
 namespace hymoe {
 

@@ -1,20 +1,21 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <hymoe/comm/mesh.h>
-#include <hymoe/config/fields.h>
-#include <hymoe/moe/dispatcher.h>
-#include <hymoe/moe/experts.h>
-#include <hymoe/moe/router.h>
-#include <hymoe/moe/routing.h>
-#include <torch/nn/module.h>
-#include <torch/nn/pimpl.h>
-
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+#include "hymoe/comm/mesh.h"
+#include "hymoe/config/fields.h"
+#include "hymoe/moe/dispatcher.h"
+#include "hymoe/moe/experts.h"
+#include "hymoe/moe/router.h"
+#include "hymoe/moe/routing.h"
 
 namespace hymoe {
 

@@ -1,14 +1,15 @@
 #pragma once
 
-#include <c10/util/Exception.h>
-#include <hymoe/config/error.h>
-
 #include <functional>
 #include <map>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include <c10/util/Exception.h>
+
+#include "hymoe/config/error.h"
 
 namespace hymoe {
 

@@ -1,16 +1,17 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <hymoe/comm/group.h>
-#include <hymoe/config/fields.h>
-#include <hymoe/moe/registry.h>
-#include <hymoe/moe/routing.h>
-#include <torch/nn/module.h>
-
 #include <cstdint>
 #include <map>
 #include <optional>
 #include <string>
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+
+#include "hymoe/comm/group.h"
+#include "hymoe/config/fields.h"
+#include "hymoe/moe/registry.h"
+#include "hymoe/moe/routing.h"
 
 namespace hymoe {
 

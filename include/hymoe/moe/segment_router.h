@@ -1,9 +1,9 @@
 #pragma once
 
-#include <hymoe/moe/router.h>
-
 #include <functional>
 #include <string>
+
+#include "hymoe/moe/router.h"
 
 namespace hymoe {
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <hymoe/moe/router.h>
+#include "hymoe/moe/router.h"
 
 namespace hymoe {
 

@@ -12,8 +12,8 @@ namespace hymoe {
 
 /// Where a run stands, beside its weights and its optimizer's state.
 struct TrainState {
-  int64_t step = 0;    // optimizer steps done
-  int64_t tokens = 0;  // tokens trained on
+  int64_t step = 0;        // optimizer steps done
+  int64_t tokens = 0;      // tokens trained on
   int64_t evaluated = -1;  // step of the newest evaluation
 };
 
