@@ -213,7 +213,7 @@ std::vector<BranchLoad> MoEImpl::load(const std::vector<Routing>& routings, cons
   for (size_t b = 0; b < routings.size(); ++b) {
     const int64_t width = routings[b].expert_ids.size(1);
     const Tensor covered = (slots.narrow(1, column, width) >= 0).any(1).sum();
-    loads.push_back({config_.branches[b].name, per_expert[b], covered, rows});
+    loads.push_back({config_.branches[b].name, per_expert[b], covered, rows, routings[b].metrics});
     column += width;
   }
   return loads;

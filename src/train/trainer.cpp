@@ -286,6 +286,8 @@ void Trainer::Run::log_step() {
     row["entropy/" + name] = summary.entropy;
     row["dead_experts/" + name] = summary.dead_experts;
     row["coverage/" + name] = summary.coverage;
+    for (const auto& [metric, sum] : load.load.metrics)
+      row[metric + "/" + name] = sum.item<double>() / static_cast<double>(interval_.micro_batches);
   }
   interval_ = {};
   write_row(row);

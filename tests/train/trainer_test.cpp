@@ -109,13 +109,16 @@ TEST_F(TrainerTest, ResumedRunEqualsUnbrokenOneBitForBit) {  // law 8
 TEST_F(TrainerTest, MicroBatchesGiveTheGradientsOfTheWholeBatch) {
   TrainConfig config = this->config("whole");
   config.steps = 1;
-  config.model.moe_layers = {};  // a balance loss over micro-batches is another loss
+  // A balance loss over micro-batches is another loss; a z-loss is not.
+  config.model.moe.branches[0].router.balance_loss = 0;
+  for (BranchConfig& branch : config.model.moe.branches) branch.router.z_loss = 0.1;
   Trainer(config).run();
   config.name = "parts";
   config.micro_batch = 1;
   Trainer(config).run();
   EXPECT_NEAR(rows("whole")[1]["grad_norm"].get<double>(), rows("parts")[1]["grad_norm"].get<double>(), 1e-5);
   EXPECT_NEAR(rows("whole")[1]["lm_loss"].get<double>(), rows("parts")[1]["lm_loss"].get<double>(), 1e-6);
+  EXPECT_NEAR(rows("whole")[1]["aux_loss"].get<double>(), rows("parts")[1]["aux_loss"].get<double>(), 1e-6);
 }
 
 TEST_F(TrainerTest, FrozenParametersStayBitIdentical) {  // law 9

@@ -34,7 +34,7 @@ std::optional<LanguageLoss> language_loss(Transformer& model, const EvalBatches&
 /// tokenizer lacks.
 Tensor token_byte_lengths(const Tokenizer& tokenizer, int64_t vocab_size);
 
-/// Adds the loads of one forward pass to `sum`, on their device.
+/// Adds the loads of one forward pass to `sum`, metrics too, on their device.
 void add_loads(std::vector<LayerLoad>& sum, const std::vector<LayerLoad>& loads);
 
 }  // namespace hymoe

@@ -82,9 +82,10 @@ struct MoEConfig {
 /// Where the rows of one forward pass went, on x's device.
 struct BranchLoad {
   std::string name = {};
-  Tensor rows_per_expert = {};  // [E] int64
-  Tensor covered = {};          // scalar int64: rows with at least one expert
-  Tensor rows = {};             // scalar int64: rows that are not padding
+  Tensor rows_per_expert = {};                 // [E] int64
+  Tensor covered = {};                         // scalar int64: rows with at least one expert
+  Tensor rows = {};                            // scalar int64: rows that are not padding
+  std::map<std::string, Tensor> metrics = {};  // the router's own (Routing::metrics)
 };
 
 struct MoEOutput {
