@@ -9,6 +9,7 @@
 #include "hymoe/moe/losses.h"
 #include "hymoe/ops/gates.h"
 #include "hymoe/ops/segment.h"
+#include "moe/segment_windows.h"
 
 namespace hymoe {
 namespace {
@@ -17,112 +18,61 @@ namespace {
 // relative to 1 + |logit|, is reached, so that rounding does not decide.
 constexpr double kTie = 1e-5;
 
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
 at::ScalarType math_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 Tensor reaches(const Tensor& logits, const Tensor& cutoff) {
   return logits + (logits.abs() + 1) * kTie >= cutoff;
 }
 
-Tensor to_device(const std::vector<int64_t>& values, const Tensor& like) {
-  return at::tensor(values, at::kLong).to(like.device(), /*non_blocking=*/true);
-}
-
-// Windows that each expert may take, V·capacity / E rounded down, as a scalar on the device.
-Tensor quota(const Tensor& real, int64_t num_experts, double capacity) {
-  return real.sum().to(at::kDouble).mul(capacity).div(num_experts, "floor");
-}
-
-// [U, E] bool: experts in order each take the windows of highest score that are free. Every step is of the
-// whole column, so the host never waits for a decision.
-Tensor expert_choice(const Tensor& scores, const Tensor& real, double capacity, int64_t bucket) {
-  const Tensor limit = quota(real, scores.size(1), capacity);
-  const Tensor order = std::get<1>(scores.sort(/*stable=*/true, 0, /*descending=*/true));
-  Tensor experts_of = at::zeros_like(real, at::kLong);
-  std::vector<Tensor> taken;
-  for (const Tensor& ranked : order.unbind(1)) {
-    const Tensor free = real.logical_and(experts_of < bucket).index_select(0, ranked);
-    const Tensor chosen = free.logical_and(free.cumsum(0) <= limit);
-    taken.push_back(at::zeros_like(real).scatter(0, ranked, chosen));
-    experts_of = experts_of + taken.back();
-  }
-  return at::stack(taken, 1);
-}
-
 }  // namespace
 
-/// The windows of one call.
-struct SegmentRouter::Windows {
-  Tensor offsets;  // [U + 1]
-  Tensor source;   // [U] which vector scores the window: 0 start, 1 + i document i's window of the calls
-                   // before, then the windows of this call
-  Tensor rows;     // [U] rows that are not padding
-  // Documents with rows in this call, and their last windows.
-  std::vector<int64_t> document, last;
-  // Windows begun in calls before, their documents, and the rows they held then.
-  std::vector<int64_t> continued, of_document, held;
+/// What scores the windows: vectors [U, D], or, where index [U] is defined, those rows of vectors [M, D].
+struct SegmentRouter::Scoring {
+  Tensor vectors, index;
+
+  Tensor logits(const Tensor& weight, const Tensor& bias = {}) const {
+    const Tensor all = at::linear(vectors, weight.to(vectors.scalar_type()), bias);
+    return index.defined() ? all.index_select(0, index) : all;
+  }
 };
 
 struct SegmentRouter::Decision {
-  Tensor ids;      // [U, K]
-  Tensor weights;  // [U, K]
-  Tensor scores;   // [U, E]
+  Tensor ids;       // [U, K]
+  Tensor weights;   // [U, K]
+  Tensor scores;    // [U, E]
+  Tensor aux_loss;  // the predictor's, or undefined
+  std::map<std::string, Tensor> metrics;
 };
 
 SegmentRouter::SegmentRouter(const RouterArgs& args) : config_(args.config), num_experts_(args.num_experts) {
   check_config(config_);
   weight_ = register_parameter("weight", at::empty({num_experts_, args.dim}).normal_(0, 0.02));
-  if (config_.score == "previous") {
+  if (config_.score == "previous" || config_.score == "prefix") {
     start_ = register_parameter("start", at::empty({args.dim}).normal_(0, 0.02));
   }
   if (config_.select == "threshold") {
     cutoff_ = register_buffer("cutoff", at::full({num_experts_}, kInfinity));
     cutoff_steps_ = register_buffer("cutoff_steps", at::zeros({}, at::kLong));
     recorded_ = at::zeros({num_experts_ + 1});
+  } else if (config_.select == "predictor") {
+    auto predictor = register_module("predictor", std::make_shared<torch::nn::Module>());
+    predictor_weight_ = predictor->register_parameter("weight", at::zeros({num_experts_, args.dim}));
+    predictor_bias_ = predictor->register_parameter("bias", at::zeros({num_experts_}));
   }
 }
 
 bool SegmentRouter::causal() const {
-  return config_.select != "expert_choice" && (config_.score == "previous" || config_.segment_len == 1);
+  const bool choice = config_.select == "expert_choice" || (config_.select == "predictor" && is_training());
+  return !choice && (config_.score != "own" || config_.segment_len == 1);
 }
 
-bool SegmentRouter::batch_independent() const { return config_.select != "expert_choice"; }
-
-SegmentRouter::Windows SegmentRouter::windows(const Tensor& x, const Packing& packing) const {
-  const int64_t length = config_.segment_len;
-  const int64_t earlier = packing.state ? packing.documents() : 0;
-  const int64_t* at = packing.offsets.const_data_ptr<int64_t>();
-  Windows w;
-  std::vector<int64_t> begins, source;
-  for (int64_t i = 0; i < packing.documents(); ++i) {
-    if (at[i] == at[i + 1]) continue;
-    const int64_t past = packing.state ? packing.state->past()[i] : 0, held = past % length;
-    const auto first = static_cast<int64_t>(begins.size());
-    for (int64_t row = at[i] - held; row < at[i + 1]; row += length) {
-      const auto window = static_cast<int64_t>(begins.size());
-      source.push_back(window > first ? earlier + window : past > 0 ? 1 + i : 0);
-      begins.push_back(std::max(row, at[i]));
-    }
-    w.document.push_back(i);
-    w.last.push_back(static_cast<int64_t>(begins.size()) - 1);
-    if (held > 0) {
-      w.continued.push_back(first);
-      w.of_document.push_back(i);
-      w.held.push_back(held);
-    }
-  }
-  begins.push_back(x.size(0));
-  w.offsets = to_device(begins, x);
-  w.source = to_device(source, x);
-  w.rows = w.offsets.diff();
-  if (packing.padding.defined()) {
-    const Tensor seen = at::constant_pad_nd(packing.padding.logical_not().cumsum(0), {1, 0});
-    w.rows = seen.index_select(0, w.offsets).diff();
-  }
-  return w;
+bool SegmentRouter::batch_independent() const {
+  const bool choice = config_.select == "expert_choice" || (config_.select == "predictor" && is_training());
+  return !choice || config_.choice_pool == "sequence";
 }
 
 Tensor SegmentRouter::pool(const Tensor& x, const Packing& packing, const Windows& w) {
@@ -137,57 +87,170 @@ Tensor SegmentRouter::pool(const Tensor& x, const Packing& packing, const Window
   return pooled.index_copy(0, windows, (before * held + now * rows) / (held + rows));
 }
 
-Tensor SegmentRouter::logits(const Tensor& pooled, const Windows& w, DecodeState* state) {
-  const Tensor weight = weight_.to(pooled.scalar_type());
-  if (config_.score == "own") return at::linear(pooled, weight);
+SegmentRouter::Scoring SegmentRouter::scoring(const Tensor& pooled, const Windows& w, DecodeState* state) {
+  if (config_.score == "own") return {pooled, {}};
+  if (config_.score == "sliding") return {sliding(pooled, w, state), {}};
+  if (config_.score == "prefix") return {prefix(pooled, w, state), {}};
   std::vector<Tensor> vectors{start_.to(pooled.scalar_type()).unsqueeze(0)};
   if (state) vectors.push_back(remembered(*state, "pooled", pooled));
   vectors.push_back(pooled);
-  return at::linear(at::cat(vectors), weight).index_select(0, w.source);
+  return {at::cat(vectors), w.source};
 }
 
-SegmentRouter::Decision SegmentRouter::decide(const Tensor& logits, const Tensor& real) const {
+// [U, D] the average of the full windows before each window. The state holds the sum (or exponential average)
+// of those before the call's first window.
+Tensor SegmentRouter::prefix(const Tensor& pooled, const Windows& w, DecodeState* state) {
+  const bool mean = config_.prefix_decay == 0;
+  const double decay = mean ? 1 : config_.prefix_decay;
+  const Tensor first = (w.ordinal == 0).unsqueeze(1);
+  const Tensor terms = mean ? pooled : at::where(first, pooled, pooled * (1 - decay));
+  Tensor before = shifted(document_scan(terms, w.position, w.longest, decay), w.position, 1, 0);
+  if (state) {
+    Tensor& kept = remembered(*state, "prefix", pooled);
+    const Tensor fading = at::pow(decay, w.position).to(pooled.scalar_type()).unsqueeze(1);
+    before = before + kept.index_select(0, w.document) * fading;
+    // At the end of the call: less the last window where it is still open.
+    const Tensor last = to_device(w.last, pooled), full = to_device(w.last_is_full, pooled) > 0;
+    const Tensor open = before.index_select(0, last);
+    const Tensor closed = open * decay + terms.index_select(0, last);
+    const Tensor ends = at::where(full.unsqueeze(1), closed, open).detach();
+    kept = kept.index_copy(0, to_device(w.documents, pooled), ends);
+  }
+  if (mean) before = before / w.ordinal.clamp_min(1).unsqueeze(1);
+  return at::where(first, start_.to(pooled.scalar_type()), before);
+}
+
+// x [U, ...] of this call's windows behind what is kept of their documents' earlier calls, of which the last
+// `keep` rows are kept for the next. A window begun in an earlier call is among the kept already.
+struct SegmentRouter::Joined {
+  Tensor rows, position;
+  Tensor place;         // [U] the row of each window of the call
+  int64_t longest = 0;  // rows of a document
+};
+
+SegmentRouter::Joined SegmentRouter::join_kept(const Tensor& x, const Windows& w, DecodeState* state,
+                                               const std::string& name, int64_t keep) {
+  if (!state || w.documents.empty()) return {x, w.position, {}, w.longest};
+  std::vector<Tensor> rows, positions, places;
+  int64_t begin = 0, joined = 0, longest = 0;
+  size_t open = 0;
+  for (size_t d = 0; d < w.documents.size(); ++d) {
+    Tensor& kept = state->slot(this)[name + std::to_string(w.documents[d])];
+    const int64_t end = w.last[d] + 1, held = kept.defined() ? kept.size(0) : 0;
+    const bool is_open = open < w.continued.size() && w.continued[open] == begin;
+    open += is_open;
+    Tensor all = x.narrow(0, begin + is_open, end - begin - is_open);
+    if (held > 0) all = at::cat({kept, all});
+    const int64_t size = all.size(0);
+    rows.push_back(all);
+    positions.push_back(at::arange(size, w.position.options()));
+    places.push_back(at::arange(joined + held - is_open, joined + size, w.position.options()));
+    const int64_t keeping = std::min(size, keep);
+    kept = all.narrow(0, size - keeping, keeping).detach();
+    longest = std::max(longest, size);
+    begin = end;
+    joined += size;
+  }
+  return {at::cat(rows), at::cat(positions), at::cat(places), longest};
+}
+
+Tensor SegmentRouter::sliding(const Tensor& x, const Windows& w, DecodeState* state) {
+  const int64_t length = config_.segment_len;
+  const Joined joined = join_kept(x, w, state, "tail", length - 1);
+  const Tensor pooled = sliding_pool(joined.rows, joined.position, length, config_.pooling == "max");
+  return joined.place.defined() ? pooled.index_select(0, joined.place) : pooled;
+}
+
+Tensor SegmentRouter::prefix_choice(const Tensor& logits, const Windows& w, DecodeState* state) {
+  const Joined joined = join_kept(logits, w, state, "logits", std::numeric_limits<int64_t>::max());
+  Tensor rank = rank_among_earlier(joined.rows, joined.position, joined.longest);
+  if (joined.place.defined()) rank = rank.index_select(0, joined.place);
+  const Tensor offset = at::arange(num_experts_, logits.options().dtype(at::kDouble)) + 0.5;
+  const Tensor share = (w.ordinal + 1).to(at::kDouble).unsqueeze(1) * config_.capacity;
+  return rank < at::floor((share + offset) / num_experts_);
+}
+
+// [U] what a window counts towards capacity; 0 when it is padding.
+Tensor SegmentRouter::size_of(const Windows& w) const {
+  return config_.capacity_unit == "rows" ? w.rows : (w.rows > 0).to(at::kLong);
+}
+
+// [U, E] bool: which expert takes which window.
+Tensor SegmentRouter::taken(const Tensor& logits, const Scoring& scoring, const Windows& w,
+                            DecodeState* state, Decision& d) {
+  const Tensor real = (w.rows > 0).unsqueeze(1), fixed = logits.detach();
+  if (config_.select == "threshold") return reaches(fixed, cutoff_).logical_and(real);
+  if (config_.select == "prefix_choice") return prefix_choice(fixed, w, state).logical_and(real);
+  const bool foresee = config_.select == "predictor";
+  Tensor expected;
+  if (foresee) {
+    const Scoring stopped{scoring.vectors.detach(), scoring.index};
+    expected = stopped.logits(predictor_weight_, predictor_bias_.to(scoring.vectors.scalar_type()));
+    if (!is_training()) return (expected > 0).logical_and(real);
+  }
+  const Tensor chosen = expert_choice(d.scores.detach(), size_of(w), config_.capacity, config_.bucket,
+                                      config_.choice_pool == "sequence" ? &w : nullptr);
+  if (foresee) {
+    const Tensor decisions = (real.sum() * num_experts_).clamp_min(1);
+    const Tensor nats = at::binary_cross_entropy_with_logits(expected, chosen.to(expected.scalar_type()), {},
+                                                             {}, at::Reduction::None);
+    const Tensor loss = (nats * real).sum() / decisions;
+    d.aux_loss = loss * config_.predictor_loss;
+    const Tensor wrong = (expected > 0).logical_xor(chosen).logical_and(real);
+    d.metrics["flip_rate"] = wrong.sum() / decisions;
+    d.metrics["predictor_loss"] = loss.detach();
+  }
+  return chosen;
+}
+
+void SegmentRouter::decide(const Tensor& logits, const Scoring& scoring, const Windows& w, DecodeState* state,
+                           Decision& d) {
   const bool sigmoid = config_.scoring == "sigmoid";
-  Decision d;
+  const Tensor real = w.rows > 0;
   if (config_.select == "top_k") {
     const auto gates =
         ops::topk_gates(logits, {.top_k = config_.top_k, .sigmoid = sigmoid, .normalize = false});
-    d = {gates.ids.masked_fill(real.logical_not().unsqueeze(1), -1), gates.weights, gates.scores};
+    d.ids = gates.ids.masked_fill(real.logical_not().unsqueeze(1), -1);
+    d.weights = gates.weights;
+    d.scores = gates.scores;
   } else {
     d.scores = sigmoid ? at::sigmoid(logits) : at::softmax(logits, 1);
-    const Tensor scores = d.scores.detach();
-    const Tensor taken = config_.select == "expert_choice"
-                             ? expert_choice(scores, real, config_.capacity, config_.bucket)
-                             : reaches(logits.detach(), cutoff_).logical_and(real.unsqueeze(1));
-    const auto ranked = scores.masked_fill(taken.logical_not(), -kInfinity).sort(true, 1, true);
+    const Tensor who = taken(logits, scoring, w, state, d);
+    const auto ranked = d.scores.detach().masked_fill(who.logical_not(), -kInfinity).sort(true, 1, true);
     const int64_t slots = std::min(config_.bucket, num_experts_);
     const Tensor best = std::get<1>(ranked).narrow(1, 0, slots);
-    d.ids = best.masked_fill(taken.gather(1, best).logical_not(), -1);
+    d.ids = best.masked_fill(who.gather(1, best).logical_not(), -1);
     d.weights = d.scores.gather(1, best);
   }
   d.weights = d.weights * (d.ids >= 0);
   if (config_.normalized()) d.weights = d.weights / d.weights.sum(1, /*keepdim=*/true).clamp_min(1e-20);
   if (config_.gate_scale == "window") d.weights = d.weights / config_.segment_len;
-  return d;
+  const Tensor experts = (d.ids >= 0).sum(1), windows = real.sum().clamp_min(1);
+  d.metrics["uncovered"] = (experts == 0).logical_and(real).sum() / windows;
+  d.metrics["shared"] = (experts > 1).sum() / windows;
 }
 
 Routing SegmentRouter::forward(const Tensor& x, const Packing& packing) {
-  const Windows w = windows(x, packing);
+  const Windows w = cut_windows(x, packing, config_.score == "sliding" ? 1 : config_.segment_len);
   const Tensor pooled = pool(x, packing, w);
-  const Tensor scored = logits(pooled, w, packing.state);
-  const Tensor real = w.rows > 0;
-  Decision d = decide(scored, real);
+  const Scoring scored = scoring(pooled, w, packing.state);
+  const Tensor logits = scored.logits(weight_);
+  Decision d;
+  decide(logits, scored, w, packing.state, d);
   if (packing.state) {
     remember(*packing.state, pooled, w, d);
   } else if (is_training() && cutoff_.defined()) {
-    record_cutoff(scored.detach(), real);
+    record_cutoff(logits.detach(), size_of(w));
   }
   const Tensor balanced = config_.select == "top_k" ? d.scores : Tensor();
+  Tensor loss = router_loss(config_, logits, balanced, d.ids, w.rows);
+  if (d.aux_loss.defined()) loss = loss.defined() ? loss + d.aux_loss : d.aux_loss;
   return {.expert_ids = d.ids,
           .weights = d.weights,
           .offsets = w.offsets,
           .shared_weight = {},
-          .aux_loss = router_loss(config_, scored, balanced, d.ids, w.rows)};
+          .aux_loss = loss,
+          .metrics = std::move(d.metrics)};
 }
 
 // One row a document, zeros at first, of the form of one a window.
@@ -200,7 +263,7 @@ Tensor& SegmentRouter::remembered(DecodeState& state, const std::string& name, c
 // A window begun in a call before keeps its decision; the next call finds the last windows of this one.
 void SegmentRouter::remember(DecodeState& state, const Tensor& pooled, const Windows& w, Decision& d) {
   const Tensor windows = to_device(w.continued, pooled), of_document = to_device(w.of_document, pooled);
-  const Tensor last = to_device(w.last, pooled), document = to_device(w.document, pooled);
+  const Tensor last = to_device(w.last, pooled), document = to_device(w.documents, pooled);
   Tensor& ids = remembered(state, "expert_ids", d.ids);
   Tensor& weights = remembered(state, "weights", d.weights);
   Tensor& pool = remembered(state, "pooled", pooled);
@@ -211,14 +274,10 @@ void SegmentRouter::remember(DecodeState& state, const Tensor& pooled, const Win
   pool = pool.index_copy(0, document, pooled.detach().index_select(0, last));
 }
 
-void SegmentRouter::record_cutoff(const Tensor& logits, const Tensor& real) {
+void SegmentRouter::record_cutoff(const Tensor& logits, const Tensor& size) {
   if (logits.size(0) == 0) return;
-  const Tensor sorted = std::get<0>(
-      logits.masked_fill(real.logical_not().unsqueeze(1), -kInfinity).sort(0, /*descending=*/true));
-  const Tensor taken =
-      quota(real, num_experts_, config_.capacity).clamp_min(1).minimum(real.sum().clamp_min(1));
-  const Tensor cutoff = sorted.index_select(0, (taken.to(at::kLong) - 1).unsqueeze(0)).squeeze(0);
-  const Tensor any = real.any().unsqueeze(0);
+  const Tensor cutoff = choice_cutoff(logits, size, config_.capacity);
+  const Tensor any = (size > 0).any().unsqueeze(0);
   const Tensor record = at::cat({at::where(any, cutoff, 0), any.to(cutoff.scalar_type())});
   recorded_ = recorded_.to(record.device()) + record.to(at::kFloat);
 }

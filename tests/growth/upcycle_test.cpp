@@ -108,6 +108,8 @@ TEST_F(Upcycle, LayersFollowThePattern) {
   config.every = 2;
   config.offset = 1;
   EXPECT_EQ(upcycle(dense(), hybrid(), config).moe_layers, std::vector<int64_t>({1}));
+  config.offset = 0;
+  EXPECT_EQ(upcycle(dense(), folder / "first", config).moe_layers, std::vector<int64_t>({0}));
   config.layers = {0};
   EXPECT_EQ(upcycle(dense(), folder / "other", config).moe_layers, std::vector<int64_t>({0}));
 }

@@ -59,7 +59,7 @@ TEST(ReadTextTest, ReadsWholeFiles) {
   const std::string text(100'000, 'x');
   EXPECT_EQ(read_text(folder.file("a", text)), text);
   EXPECT_EQ(read_text(folder.file("b", "")), "");
-  EXPECT_FALSE(read_text("/proc/self/status").empty());  // reports size 0
+  EXPECT_GT(read_text("/proc/self/status").size(), 500u);  // reports size 0
   EXPECT_TRUE(holds(message_of<DataError>([&] { read_text(folder / "none"); }), "No such file"));
   EXPECT_TRUE(holds(message_of<DataError>([&] { read_text(folder.path()); }), "Is a directory"));
 }

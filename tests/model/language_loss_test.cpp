@@ -31,7 +31,7 @@ class LanguageLossTest : public testing::Test {
     model_->end_step();  // cut-offs, so that segment experts take part
   }
   EvalBatches batches(int64_t batch_size) const {
-    return EvalBatches((folder_ / "tokens").string(), "rust", 64, batch_size);
+    return EvalBatches((folder_ / "tokens").string(), "rust", 128, batch_size);
   }
   Tensor token_bytes() const {
     return token_byte_lengths(Tokenizer::load(folder_.path()), model_->config().vocab_size);
@@ -51,7 +51,7 @@ TEST_F(LanguageLossTest, IsTheMeanOverTheTokensOfDocumentsReadAlone) {
   for (int64_t d = 0; d < file.num_documents(); ++d) {
     const auto begin = static_cast<int64_t>(file.offsets()[d]);
     const auto length = static_cast<int64_t>(file.offsets()[d + 1]) - begin;
-    ASSERT_LE(length, 64);
+    ASSERT_LE(length, 128);
     Tensor ids = at::empty({length}, at::kLong);
     file.read(begin, length, ids.mutable_data_ptr<int64_t>());
     const Tensor logits = model_->logits(model_->hidden(ids, Packing::of(1, length)).hidden);

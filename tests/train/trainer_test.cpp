@@ -166,6 +166,7 @@ TEST_F(TrainerTest, AnEvaluationLeftByAStopIsDoneAnew) {
   EXPECT_EQ(stop_at("first").step, 0);
   EXPECT_EQ(stop_at("second").step, 2);
   EXPECT_EQ(stop_at("never").step, 4);
+  EXPECT_EQ(stop_at("never").step, 4) << "a run that has ended is evaluated no more";
   std::vector<int64_t> evaluated;
   for (const auto& row : rows("left")) {
     if (row.contains("loss/rust")) evaluated.push_back(row["step"]);

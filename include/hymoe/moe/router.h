@@ -26,6 +26,10 @@ struct RouterConfig {
   int64_t segment_len = 64;
   std::string score = "previous";
   std::string select = "threshold";
+  std::string choice_pool = "micro_batch";
+  std::string capacity_unit = "windows";
+  double prefix_decay = 0;
+  double predictor_loss = 1;
   std::string pooling = "max";
   double capacity = 1;
   int64_t bucket = 4;
@@ -38,7 +42,9 @@ struct RouterConfig {
     using C = RouterConfig;
     return hymoe::fields(
         field("kind", &C::kind,
-              "name of a registered router; built in: topk (a unit is a row), segment (a window)"),
+              "name of a registered router; built in: topk (a unit is a row), segment (a window), "
+              "expert_choice "
+              "and threshold (as segment's, for rows; expert_choice looks ahead)"),
         field("top_k", &C::top_k, "experts a unit goes to (topk, and segment with select top_k)").at_least(1),
         field("scoring", &C::scoring, "how logits become scores").one_of({"softmax", "sigmoid"}),
         field("normalize", &C::normalize,
@@ -53,15 +59,31 @@ struct RouterConfig {
         field("z_loss", &C::z_loss, "coefficient of the mean squared log-sum-exp of the logits").at_least(0),
         field("segment_len", &C::segment_len, "rows of a window; the last one of a document may be shorter")
             .at_least(1),
-        field("score", &C::score, "whose pooled vector scores a window: own looks ahead, previous does not")
-            .one_of({"own", "previous"}),
+        field("score", &C::score,
+              "what scores a window: its own pooled vector (looks ahead), the previous window's, the mean of "
+              "all "
+              "before it (prefix); or every row by the segment_len rows up to it (sliding)")
+            .one_of({"own", "previous", "prefix", "sliding"}),
         field("select", &C::select,
-              "who takes a window: expert_choice looks ahead, threshold and top_k do not")
-            .one_of({"expert_choice", "threshold", "top_k"}),
+              "who takes a window: expert_choice looks ahead and is for comparison, predictor does so in "
+              "training "
+              "only; threshold, prefix_choice and top_k never do")
+            .one_of({"expert_choice", "threshold", "prefix_choice", "predictor", "top_k"}),
+        field("choice_pool", &C::choice_pool,
+              "the windows among which an expert chooses (expert_choice, predictor)")
+            .one_of({"micro_batch", "sequence"}),
+        field("capacity_unit", &C::capacity_unit,
+              "what capacity counts (expert_choice, predictor, threshold); prefix_choice counts windows")
+            .one_of({"windows", "rows"}),
+        field("prefix_decay", &C::prefix_decay,
+              "how much of the old average a window keeps (score prefix); 0: the mean of all windows")
+            .at_least(0)
+            .below(1),
+        field("predictor_loss", &C::predictor_loss, "coefficient of the predictor's cross-entropy")
+            .at_least(0),
         field("pooling", &C::pooling, "how a window becomes a vector").one_of({"max", "mean"}),
-        field("capacity", &C::capacity, "experts a window gets on average (expert_choice, threshold)")
-            .above(0),
-        field("bucket", &C::bucket, "experts a window gets at most (expert_choice, threshold)").at_least(1),
+        field("capacity", &C::capacity, "experts a window gets on average (all but top_k)").above(0),
+        field("bucket", &C::bucket, "experts a window gets at most (all but top_k)").at_least(1),
         field("gate_scale", &C::gate_scale, "window: weights are divided by segment_len, as MultiPL-MoE does")
             .one_of({"none", "window"}),
         field("threshold_decay", &C::threshold_decay, "how much of the old cut-off a step keeps (threshold)")
@@ -74,7 +96,9 @@ struct RouterConfig {
   void check() const;
 
   /// `normalize`, or what it is for this kind when unset.
-  bool normalized() const { return normalize.value_or(kind != "segment"); }
+  bool normalized() const {
+    return normalize.value_or(kind != "segment" && kind != "expert_choice" && kind != "threshold");
+  }
   /// Experts that a unit of E reaches on average.
   double experts_per_unit() const;
 };

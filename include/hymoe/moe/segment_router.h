@@ -7,16 +7,19 @@
 
 namespace hymoe {
 
+struct Windows;
+
 /// Routes windows of segment_len consecutive rows of one document (the last may be shorter). A window is
-/// scored by W u, u its own pooled vector (`score: own`) or that of the window before it (`previous`; the
-/// first window of a document has the learned vector `start`). Weights are the scores softmax(W u) or
-/// sigmoid(W u), divided by segment_len with gate_scale window, unnormalised unless asked. Who takes a
-/// window:
+/// scored by W u, u its own pooled vector (`score: own`, which looks ahead), that of the window before it
+/// (`previous`), or the mean or exponential average of all windows before it (`prefix`); the first window of
+/// a document has the learned vector `start`. With `sliding` every row is a unit, scored by the pool of the
+/// segment_len rows up to it. Weights are the scores softmax(W u) or sigmoid(W u), divided by segment_len
+/// with gate_scale window, unnormalised unless asked. Who takes a window:
 ///
-/// - `expert_choice` (MultiPL-MoE, arXiv 2508.19268): of the V windows of the call, experts in order each
-/// take the
-///   floor(V·capacity / E) of highest score among those with fewer than `bucket` experts. Looks ahead, and
-///   across documents.
+/// - `expert_choice` (MultiPL-MoE, arXiv 2508.19268): of the V windows of the call (or, with choice_pool
+///   sequence, of a document), experts in order each take the floor(V·capacity / E) of highest score among
+///   those with fewer than `bucket` experts; with capacity_unit rows windows count by their rows. Looks
+///   ahead, and across documents.
 /// - `threshold` (Expert Threshold, arXiv 2603.11535): expert e takes windows whose logit reaches cutoff[e],
 /// the
 ///   best `bucket` experts of a window when more do. A training forward only records the cut-off that expert
@@ -24,13 +27,23 @@ namespace hymoe {
 ///   towards the mean of those records: their running mean at first, later with threshold_decay. To calibrate
 ///   is therefore a training forward without gradients on sample text, then end_step. Before that cutoff is
 ///   +inf and no window is taken.
+/// - `prefix_choice`: expert choice among the windows seen so far. Window k goes to expert e if fewer than
+///   floor((capacity·(k + 1) + e + 1/2) / E) of its document's windows before it have a higher logit; the
+///   best `bucket` experts of a window when more do.
+/// - `predictor` (after Mixture-of-Depths, arXiv 2404.02258, §3.5): trained by expert choice, which a linear
+/// head
+///   on the stopped gradient of u learns to foresee (binary cross-entropy, predictor_loss); evaluation and
+///   generation take what the head expects. metrics: flip_rate, the share of decisions that it got wrong.
 /// - `top_k`: each window takes its top_k experts. Balance loss as in TopkRouter, windows counted by their
-/// rows.
+///   rows.
+///
+/// The kinds expert_choice and threshold are this router for rows: segment_len 1, score own.
 ///
 /// Of equal scores the lower index wins, windows and experts alike. Windows of padding alone get no expert
 /// and count nowhere. Decoding is exact: a window's decision is made at its first row and kept; one that
 /// looks ahead sees no further than its call. W and start begin as N(0, 0.02). Buffers: cutoff [E] fp32,
-/// cutoff_steps int64 (steps in it); they keep their type under to(dtype).
+/// cutoff_steps int64 (steps in it); they keep their type under to(dtype). metrics: uncovered and shared, the
+/// shares of windows that no expert took and that more than one took.
 class SegmentRouter : public Router {
  public:
   /// Throws ConfigError when a config rule is broken.
@@ -44,24 +57,34 @@ class SegmentRouter : public Router {
   using Router::to;
 
  private:
-  struct Windows;
+  struct Scoring;
   struct Decision;
-  Windows windows(const Tensor& x, const Packing& packing) const;
   Tensor pool(const Tensor& x, const Packing& packing, const Windows& windows);
-  Tensor logits(const Tensor& pooled, const Windows& windows, DecodeState* state);
-  Decision decide(const Tensor& logits, const Tensor& real) const;
+  Scoring scoring(const Tensor& pooled, const Windows& windows, DecodeState* state);
+  struct Joined;
+  Joined join_kept(const Tensor& x, const Windows& windows, DecodeState* state, const std::string& name,
+                   int64_t keep);
+  Tensor prefix(const Tensor& pooled, const Windows& windows, DecodeState* state);
+  Tensor sliding(const Tensor& x, const Windows& windows, DecodeState* state);
+  Tensor prefix_choice(const Tensor& logits, const Windows& windows, DecodeState* state);
+  Tensor taken(const Tensor& logits, const Scoring& scoring, const Windows& windows, DecodeState* state,
+               Decision& decision);
+  void decide(const Tensor& logits, const Scoring& scoring, const Windows& windows, DecodeState* state,
+              Decision& decision);
   Tensor& remembered(DecodeState& state, const std::string& name, const Tensor& of_windows);
   void remember(DecodeState& state, const Tensor& pooled, const Windows& windows, Decision& decision);
-  void record_cutoff(const Tensor& logits, const Tensor& real);
+  Tensor size_of(const Windows& windows) const;
+  void record_cutoff(const Tensor& logits, const Tensor& size);
   void keeping_buffers(const std::function<void()>& convert);
 
   RouterConfig config_;
   int64_t num_experts_;
-  Tensor weight_;        // [E, D]
-  Tensor start_;         // [D], undefined with score own
-  Tensor cutoff_;        // [E], undefined unless select threshold, as are the next two
-  Tensor cutoff_steps_;  // scalar
-  Tensor recorded_;      // [E + 1] since the last end_step: sum of cut-offs, number of them
+  Tensor weight_;                             // [E, D]
+  Tensor start_;                              // [D], undefined with score own or sliding
+  Tensor predictor_weight_, predictor_bias_;  // [E, D], [E]; undefined unless select predictor
+  Tensor cutoff_;                             // [E], undefined unless select threshold, as are the next two
+  Tensor cutoff_steps_;                       // scalar
+  Tensor recorded_;  // [E + 1] since the last end_step: sum of cut-offs, number of them
 };
 
 }  // namespace hymoe

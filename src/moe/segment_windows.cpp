@@ -1,0 +1,147 @@
+#include "moe/segment_windows.h"
+
+#include <algorithm>
+#include <limits>
+
+#include <torch/types.h>
+
+namespace hymoe {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// What one expert may take of windows of these sizes, in double on the device.
+Tensor quota(const Tensor& total, int64_t num_experts, double capacity) {
+  return total.to(at::kDouble).mul(capacity).div(num_experts, "floor");
+}
+
+}  // namespace
+
+Tensor to_device(const std::vector<int64_t>& values, const Tensor& like) {
+  return at::tensor(values, at::kLong).to(like.device(), /*non_blocking=*/true);
+}
+
+Windows cut_windows(const Tensor& x, const Packing& packing, int64_t length) {
+  const int64_t earlier = packing.state ? packing.documents() : 0;
+  const int64_t* at = packing.offsets.const_data_ptr<int64_t>();
+  Windows w;
+  std::vector<int64_t> begins, begin, document, position, ordinal, source;
+  for (int64_t i = 0; i < packing.documents(); ++i) {
+    begin.push_back(static_cast<int64_t>(begins.size()));
+    if (at[i] == at[i + 1]) continue;
+    const int64_t past = packing.state ? packing.state->past()[i] : 0, held = past % length;
+    const auto first = static_cast<int64_t>(begins.size());
+    for (int64_t row = at[i] - held; row < at[i + 1]; row += length) {
+      const auto window = static_cast<int64_t>(begins.size());
+      document.push_back(i);
+      position.push_back(window - first);
+      ordinal.push_back(past / length + window - first);
+      source.push_back(window > first ? earlier + window : past > 0 ? 1 + i : 0);
+      begins.push_back(std::max(row, at[i]));
+    }
+    w.longest = std::max(w.longest, static_cast<int64_t>(begins.size()) - first);
+    w.documents.push_back(i);
+    w.last.push_back(static_cast<int64_t>(begins.size()) - 1);
+    w.last_is_full.push_back((past + at[i + 1] - at[i]) % length == 0);
+    if (held > 0) {
+      w.continued.push_back(first);
+      w.of_document.push_back(i);
+      w.held.push_back(held);
+    }
+  }
+  begin.push_back(static_cast<int64_t>(begins.size()));
+  begins.push_back(x.size(0));
+  w.offsets = to_device(begins, x);
+  w.document = to_device(document, x);
+  w.begin = to_device(begin, x);
+  w.position = to_device(position, x);
+  w.ordinal = to_device(ordinal, x);
+  w.source = to_device(source, x);
+  w.rows = w.offsets.diff();
+  if (packing.padding.defined()) {
+    const Tensor seen = at::constant_pad_nd(packing.padding.logical_not().cumsum(0), {1, 0});
+    w.rows = seen.index_select(0, w.offsets).diff();
+  }
+  return w;
+}
+
+Tensor shifted(const Tensor& x, const Tensor& position, int64_t steps, double none) {
+  if (steps >= x.size(0)) return at::full_like(x, none);
+  const Tensor moved = at::cat({x.new_full({steps, x.size(1)}, none), x.narrow(0, 0, x.size(0) - steps)});
+  return at::where((position >= steps).unsqueeze(1), moved, none);
+}
+
+Tensor document_scan(const Tensor& x, const Tensor& position, int64_t longest, double decay) {
+  Tensor y = x;
+  double factor = decay;
+  for (int64_t step = 1; step < longest; step *= 2, factor *= factor) {
+    y = y + shifted(y, position, step, 0) * factor;
+  }
+  return y;
+}
+
+Tensor sliding_pool(const Tensor& x, const Tensor& position, int64_t length, bool max) {
+  const double none = max ? -kInfinity : 0;
+  const auto join = [&](const Tensor& a, const Tensor& b) { return max ? at::maximum(a, b) : a + b; };
+  // block: of the last `size` rows. The window is put together out of the blocks that its length's bits name.
+  Tensor block = x, window;
+  int64_t covered = 0;
+  for (int64_t size = 1; size <= length; size *= 2) {
+    if (size > 1) block = join(block, shifted(block, position, size / 2, none));
+    if ((length & size) == 0) continue;
+    const Tensor part = covered == 0 ? block : shifted(block, position, covered, none);
+    window = window.defined() ? join(window, part) : part;
+    covered += size;
+  }
+  return max ? window : window / (position + 1).clamp_max(length).unsqueeze(1);
+}
+
+Tensor rank_among_earlier(const Tensor& values, const Tensor& position, int64_t longest) {
+  Tensor rank = at::zeros_like(values, at::kLong);
+  for (int64_t lag = 1; lag < longest; ++lag) {
+    rank.add_(shifted(values, position, lag, -kInfinity) > values);
+  }
+  return rank;
+}
+
+Tensor expert_choice(const Tensor& scores, const Tensor& size, double capacity, int64_t bucket,
+                     const Windows* by_document) {
+  const Tensor real = size > 0;
+  Tensor order = std::get<1>(scores.sort(/*stable=*/true, 0, /*descending=*/true));
+  Tensor limit;  // of the pool of a place in the order
+  if (by_document == nullptr) {
+    limit = quota(size.sum(), scores.size(1), capacity);
+  } else {  // by document, and in each by score; the documents of the places are then those of the windows
+    const Tensor documents = by_document->document.unsqueeze(1).expand_as(order).gather(0, order);
+    order = order.gather(0, std::get<1>(documents.sort(/*stable=*/true, 0, /*descending=*/false)));
+    const Tensor seen = at::constant_pad_nd(size.cumsum(0), {1, 0});
+    const Tensor totals = seen.index_select(0, by_document->begin).diff();
+    limit = quota(totals, scores.size(1), capacity).index_select(0, by_document->document);
+  }
+  Tensor experts_of = at::zeros_like(size);
+  std::vector<Tensor> taken;
+  for (const Tensor& ranked : order.unbind(1)) {
+    const Tensor free = real.logical_and(experts_of < bucket).index_select(0, ranked);
+    Tensor sum = (size.index_select(0, ranked) * free).cumsum(0);
+    if (by_document != nullptr) {
+      const Tensor before = at::constant_pad_nd(sum, {1, 0}).index_select(0, by_document->begin);
+      sum = sum - before.index_select(0, by_document->document);
+    }
+    taken.push_back(at::zeros_like(real).scatter(0, ranked, free.logical_and(sum <= limit)));
+    experts_of = experts_of + taken.back();
+  }
+  return at::stack(taken, 1);
+}
+
+Tensor choice_cutoff(const Tensor& logits, const Tensor& size, double capacity) {
+  const Tensor real = (size > 0).unsqueeze(1);
+  const auto [sorted, order] =
+      logits.masked_fill(real.logical_not(), -kInfinity).sort(0, /*descending=*/true);
+  const Tensor sizes = size.unsqueeze(1).expand_as(order).gather(0, order);
+  const Tensor taken =
+      (sizes.cumsum(0) <= quota(size.sum(), logits.size(1), capacity)).logical_and(sizes > 0);
+  const Tensor lowest = std::get<0>(sorted.masked_fill(taken.logical_not(), kInfinity).min(0));
+  return at::minimum(lowest, sorted[0]);
+}
+
+}  // namespace hymoe
