@@ -89,7 +89,7 @@ packages=(
   "nlohmann-json3-dev:JSON" "libyaml-cpp-dev:configs" "libspdlog-dev:logging" "libcli11-dev:command line"
   "libpcre2-dev:tokenizer" "libutf8proc-dev:tokenizer" "zlib1g-dev:compressed corpora" "libssl-dev:checksums"
 )
-if [[ $tests == ON ]]; then packages+=("libgtest-dev:tests" "libbenchmark-dev:benchmarks"); fi
+if [[ $tests == ON ]]; then packages+=("libgtest-dev:tests"); fi
 
 installed() { [[ $(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null) == installed ]]; }
 
