@@ -20,7 +20,7 @@ BELOW = {
     "comm": ["config"],
     "data": ["io"],
     "moe": ["ops", "comm", "io"],
-    "testing": ["moe"],
+    "testing": ["model"],
     "model": ["moe", "data"],
     "train": ["model"],
     "eval": ["model"],

@@ -15,6 +15,7 @@
 #include "hymoe/model/pretrained.h"
 #include "hymoe/model/transformer.h"
 #include "hymoe/moe/moe.h"
+#include "hymoe/testing/conformance.h"
 #include "hymoe/train/checkpoint.h"
 #include "hymoe/train/optimizer.h"
 #include "hymoe/train/schedule.h"
