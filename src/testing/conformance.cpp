@@ -1,6 +1,7 @@
 #include "hymoe/testing/conformance.h"
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
 
 #include <torch/types.h>
@@ -25,6 +26,37 @@ void check(Report& report, const std::string& name, const std::function<std::str
     wrong = std::string("threw: ") + error.what();
   }
   report.findings.push_back({name, wrong.empty() ? Outcome::kPassed : Outcome::kFailed, wrong});
+}
+
+using Leaves = std::vector<std::pair<std::string, Tensor>>;
+
+// Autograd's gradient of f() against central differences at some entries of every leaf; what differs, or
+// nothing. Without `exact` f() is computed in single precision.
+std::string compare_gradients(const std::function<Tensor()>& f, const Leaves& leaves, bool exact) {
+  constexpr int64_t kEntries = 8;
+  const double step = exact ? 1e-6 : 1e-2, tolerance = exact ? 1e-5 : 5e-2;
+  for (const auto& [name, leaf] : leaves) leaf.mutable_grad() = Tensor();
+  f().backward();
+  at::NoGradGuard no_grad;
+  for (const auto& [name, leaf] : leaves) {
+    const Tensor gradient = leaf.grad().defined() ? leaf.grad().flatten() : at::zeros({leaf.numel()});
+    double* value = leaf.mutable_data_ptr<double>();
+    const int64_t entries = std::min(kEntries, leaf.numel());
+    for (int64_t i = 0; i < entries; ++i) {
+      const int64_t at = i * leaf.numel() / entries;
+      const double original = value[at];
+      value[at] = original + step;
+      const double up = f().item<double>();
+      value[at] = original - step;
+      const double slope = (up - f().item<double>()) / (2 * step), got = gradient[at].item<double>();
+      value[at] = original;
+      if (!(std::abs(slope - got) <= tolerance * std::max(1.0, std::abs(slope)))) {
+        return "the gradient of " + name + " is " + std::to_string(got) + " at entry " + std::to_string(at) +
+               ", differences give " + std::to_string(slope);
+      }
+    }
+  }
+  return {};
 }
 
 Packing packing_of(const std::vector<int64_t>& rows) {
@@ -162,13 +194,19 @@ std::string RouterLaws::gate_gradients() {
   const auto parameters = router_->named_parameters();
   if (!parameters.is_empty() && !out.requires_grad()) return "detached gate: weights carry no gradient";
   if (!out.requires_grad()) return {};
-  (out * at::randn_like(out)).sum().backward();
+  const Tensor cotangent = at::randn_like(out);
+  (out * cotangent).sum().backward();
+  Leaves leaves{{"x", x_.clone().set_requires_grad(true)}};
   for (const auto& item : parameters) {
     const auto& skip = options_.without_gradient;
     if (std::find(skip.begin(), skip.end(), item.key()) != skip.end()) continue;
-    if (!item.value().grad().defined()) return "detached gate: no gradient reaches " + item.key();
+    if (!item.value().grad().defined() || size_of(item.value().grad()) == 0)
+      return "detached gate: no gradient reaches " + item.key();
+    leaves.emplace_back(item.key(), item.value());
   }
-  return {};
+  const auto loss = [&] { return (decisions(leaves[0].second, packing_, false) * cotangent).sum(); };
+  const bool exact = router_->forward(x_, packing_).weights.scalar_type() == at::kDouble;
+  return compare_gradients(loss, leaves, exact);
 }
 
 std::string RouterLaws::determinism() {
@@ -256,7 +294,22 @@ Report check_experts(const std::function<std::shared_ptr<Experts>()>& make,
     const Tensor flipped = at::cat(order);
     if (size_of(run(x.index_select(0, flipped)) - y.index_select(0, flipped)) > kTolerance)
       return "the result depends on the order of an expert's rows";
+    for (int64_t row = 0; row < total; ++row) {
+      Tensor changed = x.clone();
+      changed[row] = at::randn({options.dim}, at::kDouble);
+      Tensor difference = run(changed) - y;
+      difference[row] = 0;
+      if (size_of(difference) > kTolerance)
+        return "changing row " + std::to_string(row) + " changed the result of another row";
+    }
     return {};
+  });
+  check(report, "gradients", [&]() -> std::string {
+    Leaves leaves{{"rows", x.clone().set_requires_grad(true)}};
+    for (const auto& item : experts->named_parameters()) leaves.emplace_back(item.key(), item.value());
+    const Tensor cotangent = at::randn_like(x);
+    return compare_gradients([&] { return (run(leaves[0].second) * cotangent).sum(); }, leaves,
+                             /*exact=*/true);
   });
   for (const bool none : {false, true}) {
     check(report, none ? "no rows" : "experts without rows", [&]() -> std::string {

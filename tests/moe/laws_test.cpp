@@ -55,6 +55,7 @@ MoEConfig config_of(const Mode& mode) {
   RouterConfig router = segment_config(mode.score, mode.select);
   router.pooling = mode.pooling;
   router.choice_pool = mode.choice_pool;
+  router.prefix_decay = mode.pooling == "mean" ? 0.7 : 0;
   if (mode.choice_pool == "sequence") router.capacity = 2;  // short documents: a share of one window and more
   return hybrid_config(router);
 }

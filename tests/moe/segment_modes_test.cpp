@@ -10,7 +10,7 @@ namespace hymoe {
 namespace {
 
 constexpr int64_t kExperts = 3;
-const std::vector<int64_t> kLengths = {17, 0, 6, 1, 11};
+const std::vector<int64_t> kLengths = {17, 0, 6, 1, 41};
 
 // Logits are the scoring vectors themselves: D = E, W = 1.
 std::shared_ptr<Router> identity(RouterConfig config) {

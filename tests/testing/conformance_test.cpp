@@ -16,7 +16,9 @@ Outcome outcome(const Report& report, const std::string& law) {
 }
 
 Report check_built_in(const RouterConfig& config) {
-  return check_router([&] { return routers().make(config.kind, {8, 4, config}); });
+  RouterCheckOptions options;
+  if (config.select == "predictor") options.without_gradient = {"predictor.weight", "predictor.bias"};
+  return check_router([&] { return routers().make(config.kind, {8, 4, config}); }, options);
 }
 
 TEST(Conformance, BuiltInRoutersPass) {
@@ -30,6 +32,22 @@ TEST(Conformance, BuiltInRoutersPass) {
   EXPECT_EQ(outcome(paper, "causality"), Outcome::kDeclared);
 }
 
+TEST(Conformance, EveryModeOfTheSegmentRouterPasses) {
+  for (const std::string score : {"own", "previous", "prefix", "sliding"}) {
+    for (const std::string select : {"expert_choice", "threshold", "prefix_choice", "top_k"}) {
+      const Report report = check_built_in(
+          {.kind = "segment", .segment_len = 4, .score = score, .select = select, .capacity = 2});
+      EXPECT_TRUE(report.ok()) << score << " " << select << "\n" << report.text();
+      const bool ahead = score == "own" || select == "expert_choice";
+      EXPECT_EQ(outcome(report, "causality"), ahead ? Outcome::kDeclared : Outcome::kPassed);
+    }
+  }
+  for (const std::string kind : {"expert_choice", "threshold"}) {
+    const Report report = check_built_in({.kind = kind, .capacity = 2});
+    EXPECT_TRUE(report.ok()) << kind << "\n" << report.text();
+  }
+}
+
 TEST(Conformance, BuiltInExpertsPass) {
   const Report swiglu = check_experts([] { return experts().make("swiglu", {8, 6, 4}); });
   EXPECT_TRUE(swiglu.ok()) << swiglu.text();
@@ -37,7 +55,7 @@ TEST(Conformance, BuiltInExpertsPass) {
   EXPECT_TRUE(list.ok()) << list.text();
 }
 
-enum class Defect { kPeek, kDetach, kTie, kPadding };
+enum class Defect { kPeek, kDetach, kTie, kPadding, kHalfGradient };
 
 // Each row to its best expert, with one defect.
 struct Broken : Router {
@@ -51,6 +69,7 @@ struct Broken : Router {
     Tensor ids = (logits + noise).detach().argmax(1, true);
     Tensor weights = at::sigmoid(logits).gather(1, ids);
     if (defect == Defect::kDetach) weights = weights.detach();
+    if (defect == Defect::kHalfGradient) weights = (weights + weights.detach()) / 2;
     if (packing.padding.defined() && defect != Defect::kPadding) {
       ids = ids.masked_fill(packing.padding.unsqueeze(1), -1);
       weights = weights.masked_fill(packing.padding.unsqueeze(1), 0);
@@ -64,6 +83,7 @@ struct Broken : Router {
 TEST(Conformance, PlantedRouterDefectsAreCaught) {
   for (const auto& [defect, law] : {std::pair<Defect, std::string>{Defect::kPeek, "causality"},
                                     {Defect::kDetach, "gate gradients"},
+                                    {Defect::kHalfGradient, "gate gradients"},
                                     {Defect::kTie, "determinism"},
                                     {Defect::kPadding, "padding"}}) {
     const Report report = check_router([d = defect] { return std::make_shared<Broken>(d); });

@@ -20,20 +20,18 @@ struct Windows;
 ///   sequence, of a document), experts in order each take the floor(V·capacity / E) of highest score among
 ///   those with fewer than `bucket` experts; with capacity_unit rows windows count by their rows. Looks
 ///   ahead, and across documents.
-/// - `threshold` (Expert Threshold, arXiv 2603.11535): expert e takes windows whose logit reaches cutoff[e],
-/// the
-///   best `bucket` experts of a window when more do. A training forward only records the cut-off that expert
-///   choice without bucket would have made in it (taking at least one window); end_step moves `cutoff`
-///   towards the mean of those records: their running mean at first, later with threshold_decay. To calibrate
-///   is therefore a training forward without gradients on sample text, then end_step. Before that cutoff is
-///   +inf and no window is taken.
+/// - `threshold` (Expert Threshold, arXiv 2603.11535): expert e takes windows whose logit reaches its
+///   cutoff[e], the best `bucket` experts of a window when more do. A training forward only records the
+///   cut-off that expert choice without bucket would have made in it (taking at least one window); end_step
+///   moves `cutoff` towards the mean of those records: their running mean at first, later with
+///   threshold_decay. To calibrate is therefore a training forward without gradients on sample text, then
+///   end_step. Before that cutoff is +inf and no window is taken.
 /// - `prefix_choice`: expert choice among the windows seen so far. Window k goes to expert e if fewer than
 ///   floor((capacity·(k + 1) + e + 1/2) / E) of its document's windows before it have a higher logit; the
 ///   best `bucket` experts of a window when more do.
 /// - `predictor` (after Mixture-of-Depths, arXiv 2404.02258, §3.5): trained by expert choice, which a linear
-/// head
-///   on the stopped gradient of u learns to foresee (binary cross-entropy, predictor_loss); evaluation and
-///   generation take what the head expects. metrics: flip_rate, the share of decisions that it got wrong.
+///   head on the stopped gradient of u learns to foresee (binary cross-entropy, predictor_loss); evaluation
+///   and generation take what the head expects. metrics: flip_rate, the share of decisions that it got wrong.
 /// - `top_k`: each window takes its top_k experts. Balance loss as in TopkRouter, windows counted by their
 ///   rows.
 ///

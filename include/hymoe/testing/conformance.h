@@ -36,9 +36,10 @@ struct RouterCheckOptions {
 };
 
 /// Runs the laws of docs/architecture.md that a router can break, in double on the CPU, on what `make` gives:
-/// form of the routing, causality, independence of other documents, padding, decoding, that gradients reach
-/// parameters through the weights, determinism. State of training is calibrated first: one forward pass in
-/// training mode, end_step. An exception out of the router is a failed law.
+/// form of the routing, causality, independence of other documents, padding, decoding, gradients of the
+/// weights (that they reach x and every parameter, and are those of finite differences), determinism. State
+/// of training is calibrated first: one forward pass in training mode, end_step. An exception out of the
+/// router is a failed law.
 Report check_router(const std::function<std::shared_ptr<Router>()>& make,
                     const RouterCheckOptions& options = {});
 
@@ -49,7 +50,8 @@ struct ExpertsCheckOptions {
 };
 
 /// The same for experts: form of the result, independence of rows from one another and from their order,
-/// defined zero gradients of experts without rows, non-contiguous rows, determinism.
+/// gradients against finite differences, defined zero gradients of experts without rows, non-contiguous rows,
+/// determinism.
 Report check_experts(const std::function<std::shared_ptr<Experts>()>& make,
                      const ExpertsCheckOptions& options = {});
 
