@@ -107,7 +107,7 @@ Tensor SegmentRouter::prefix(const Tensor& pooled, const Windows& w, DecodeState
   Tensor before = shifted(document_scan(terms, w.position, w.longest, decay), w.position, 1, 0);
   if (state) {
     Tensor& kept = remembered(*state, "prefix", pooled);
-    const Tensor fading = at::pow(decay, w.position).to(pooled.scalar_type()).unsqueeze(1);
+    const Tensor fading = at::pow(decay, w.position.to(pooled.scalar_type())).unsqueeze(1);
     before = before + kept.index_select(0, w.document) * fading;
     // At the end of the call: less the last window where it is still open.
     const Tensor last = to_device(w.last, pooled), full = to_device(w.last_is_full, pooled) > 0;
