@@ -73,6 +73,35 @@ Tensor topk_ids(const Tensor& scores, int64_t top_k) {
       .contiguous();
 }
 
+Gates sparse_mixer(const Tensor& logits, const SparseMixerOptions& options, const SparseMixerNoise& noise) {
+  const Tensor z = logits.to(accumulate_type(logits)), one = at::ones({}, z.options());
+  const Tensor h = options.star ? z / 2 : z;
+  const double slope = options.star ? 2 : 1, third = options.star ? 1. / 3 : 0.3333;
+  Tensor taken = at::zeros_like(z, at::kBool);
+  Gates out{.scores = at::softmax(z, 1)};
+  std::vector<Tensor> ids, weights;
+  for (int64_t k = 0; k < options.top_k; ++k) {
+    const Tensor best = h.detach().masked_fill(taken, -INFINITY).amax(1, /*keepdim=*/true);
+    const Tensor far = (best - h.detach()) / at::maximum(h.detach().abs(), best) > 2 * options.eps;
+    const Tensor p = at::softmax(h.masked_fill(far.logical_or(taken), -INFINITY), 1);
+    const Tensor first = p.argmax(1, true);
+    Tensor id = first, factor = one;
+    if (noise.exponential.defined()) {
+      id = (p.detach() / noise.exponential[k]).argmax(1, true);
+      const Tensor bernoulli = noise.uniform[k].unsqueeze(1) > (options.star ? 3. / 8 : 3. / 4);
+      factor = at::where(id.eq(first).logical_or(bernoulli), one, one * third);
+    }
+    const Tensor gate = p.gather(1, id);
+    const bool training = noise.exponential.defined();
+    weights.push_back(training ? slope * gate + (factor * gate - slope * gate).detach() : gate);
+    ids.push_back(id);
+    taken = taken.scatter(1, id, true);
+  }
+  out.ids = at::cat(ids, 1);
+  out.weights = at::cat(weights, 1);
+  return out;
+}
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const Tensor h = x.to(accumulate_type(x));
   const Tensor normal = h * at::rsqrt(h.square().mean(-1, /*keepdim=*/true) + eps);

@@ -2,6 +2,7 @@
 
 #include "hymoe/ops/cross_entropy.h"
 #include "hymoe/ops/permute.h"
+#include "hymoe/ops/sparse_mixer.h"
 
 /// The specification of every fused operation of this room as a composition of tensor operations: same
 /// arguments, same results, ordinary autograd. Tests compare against it; devices and types without a fused
@@ -17,6 +18,7 @@ Tensor swiglu_experts(const Tensor& rows, const Tensor& gate_up_proj, const Tens
                       const Tensor& rows_per_expert);
 Tensor swiglu_mlp(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down);
 Tensor topk_ids(const Tensor& scores, int64_t top_k);
+Gates sparse_mixer(const Tensor& logits, const SparseMixerOptions& options, const SparseMixerNoise& noise);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor rotary(const Tensor& x, const Tensor& positions, const Tensor& inv_freq);
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
