@@ -48,7 +48,8 @@ void BranchConfig::check() const {
     throw ConfigError("name", "it begins parameter names: expected text without dots, got \"" + name + "\"");
   }
   hymoe::experts().check(experts, "experts");
-  const bool chooses = router.kind == "topk" || (router.kind == "segment" && router.select == "top_k");
+  const bool chooses = router.kind == "topk" || router.kind == "sparse_mixer" ||
+                       (router.kind == "segment" && router.select == "top_k");
   if (chooses && router.top_k > num_experts) {
     throw ConfigError("router.top_k", "expected at most num_experts, " + std::to_string(num_experts) +
                                           ", got " + std::to_string(router.top_k));

@@ -1,6 +1,12 @@
 #include "hymoe/moe/router.h"
 
+#include <functional>
+#include <vector>
+
+#include <torch/types.h>
+
 #include "hymoe/moe/segment_router.h"
+#include "hymoe/moe/sparse_mixer_router.h"
 #include "hymoe/moe/topk_router.h"
 
 namespace hymoe {
@@ -23,12 +29,60 @@ std::shared_ptr<Router> make_row_chooser(RouterArgs args) {
   return std::make_shared<SegmentRouter>(args);
 }
 
+// Converts a router and gives its buffers the values and types of before.
+void keeping_buffers(const Router& router, const std::function<void()>& convert) {
+  std::vector<Tensor> before;
+  for (const Tensor& buffer : router.buffers()) before.push_back(buffer.detach());
+  convert();
+  const auto after = router.buffers();
+  for (size_t i = 0; i < after.size(); ++i) after[i].set_data(before[i].to(after[i].device()));
+}
+
+void refuse(bool wrong, const std::string& key, const std::string& text) {
+  if (wrong) throw ConfigError(key, text);
+}
+
+// Settings that would be ignored without a word.
+void check_is_topk(const RouterConfig& c) {
+  const std::string only = "only topk routers have it: expected ";
+  refuse(c.scoring == "softmax_topk", "scoring", only + "softmax or sigmoid, got softmax_topk");
+  refuse(c.scale != 1, "scale", only + "1, got " + format_scalar(c.scale));
+  refuse(c.bias_update.has_value(), "bias_update", only + "nothing");
+  refuse(c.capacity_factor > 0, "capacity_factor", only + "0, got " + format_scalar(c.capacity_factor));
+}
+
+void check_sparse_mixer(const RouterConfig& c) {
+  check_is_topk(c);
+  refuse(c.scoring == "sigmoid", "scoring",
+         "sparse_mixer samples from a softmax: expected softmax, got sigmoid");
+  refuse(c.normalized(), "normalize",
+         "the weights of sparse_mixer are probabilities of separate rounds, and its gradient is theirs: "
+         "expected false");
+  refuse(c.shared == "inside", "shared", "sparse_mixer has no normalisation to share: expected apart");
+}
+
 }  // namespace
+
+void Router::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  keeping_buffers(*this, [&] { Module::to(device, dtype, non_blocking); });
+}
+
+void Router::to(torch::Dtype dtype, bool non_blocking) {
+  keeping_buffers(*this, [&] { Module::to(dtype, non_blocking); });
+}
 
 void RouterConfig::check() const {
   routers().check(kind, "kind");
+  if (kind == "sparse_mixer") return check_sparse_mixer(*this);
   const bool segment = kind == "segment" || chooses_rows(*this);
   if (!segment && kind != "topk") return;
+  if (segment) {
+    check_is_topk(*this);
+    refuse(jitter > 0, "jitter",
+           "only topk and sparse_mixer have it: expected 0, got " + format_scalar(jitter));
+  }
+  refuse(scoring == "softmax_topk" && !normalized(), "normalize",
+         "a softmax over the chosen logits sums to 1: expected true with scoring softmax_topk");
   if (segment && shared == "inside") {
     throw ConfigError("shared",
                       "a segment router scores windows, the shared expert takes rows: expected apart");
@@ -54,6 +108,7 @@ Registry<Router, RouterArgs>& routers() {
   static auto* registry = [] {
     auto* r = new Registry<Router, RouterArgs>;
     r->add("topk", [](const RouterArgs& args) { return std::make_shared<TopkRouter>(args); });
+    r->add("sparse_mixer", [](const RouterArgs& args) { return std::make_shared<SparseMixerRouter>(args); });
     r->add("segment", [](const RouterArgs& args) { return std::make_shared<SegmentRouter>(args); });
     r->add("expert_choice", make_row_chooser);
     r->add("threshold", make_row_chooser);

@@ -296,20 +296,4 @@ void SegmentRouter::end_step(const Group& group) {
   recorded_.zero_();
 }
 
-void SegmentRouter::keeping_buffers(const std::function<void()>& convert) {
-  if (!cutoff_.defined()) return convert();
-  const Tensor cutoff = cutoff_.detach().clone(), steps = cutoff_steps_.detach().clone();
-  convert();
-  cutoff_.set_data(cutoff.to(cutoff_.device()));
-  cutoff_steps_.set_data(steps.to(cutoff_steps_.device()));
-}
-
-void SegmentRouter::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
-  keeping_buffers([&] { Router::to(device, dtype, non_blocking); });
-}
-
-void SegmentRouter::to(torch::Dtype dtype, bool non_blocking) {
-  keeping_buffers([&] { Router::to(dtype, non_blocking); });
-}
-
 }  // namespace hymoe

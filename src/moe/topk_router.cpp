@@ -5,32 +5,106 @@
 #include "hymoe/config/config.h"
 #include "hymoe/moe/losses.h"
 #include "hymoe/ops/gates.h"
+#include "moe/token_rows.h"
 
 namespace hymoe {
+namespace {
+
+// Adds the choices of each expert to counts [E + 1], those of none to the last.
+void add_choices(Tensor& counts, const Tensor& key) {
+  counts.scatter_add_(0, key, at::ones({1}, counts.options()).expand_as(key));
+}
+
+// [T·K], expert ids with E for none.
+Tensor key_of(const Tensor& expert_ids, int64_t experts) {
+  return at::where(expert_ids < 0, experts, expert_ids).reshape(-1);
+}
+
+// [T, K]: how many choices of its expert come before each, by weight or, where that is undefined, by row.
+Tensor rank_within_expert(const Tensor& expert_ids, const Tensor& weights, int64_t experts) {
+  const Tensor key = key_of(expert_ids, experts);
+  Tensor order;
+  if (weights.defined()) {
+    order = at::argsort(weights.detach().reshape(-1), /*stable=*/true, 0, /*descending=*/true);
+    order = order.index_select(0, at::argsort(key.index_select(0, order), /*stable=*/true, 0, false));
+  } else {
+    order = at::argsort(key, /*stable=*/true, 0, /*descending=*/false);
+  }
+  Tensor counts = at::zeros({experts + 1}, key.options());
+  add_choices(counts, key);
+  const Tensor first = counts.cumsum(0) - counts;
+  const Tensor rank =
+      at::arange(key.numel(), key.options()) - first.index_select(0, key.index_select(0, order));
+  return at::empty_like(key).scatter_(0, order, rank).view_as(expert_ids);
+}
+
+}  // namespace
 
 TopkRouter::TopkRouter(const RouterArgs& args) : config_(args.config), num_experts_(args.num_experts) {
   check_config(config_);
   const int64_t rows = num_experts_ + (config_.shared == "inside" ? 1 : 0);
   weight_ = register_parameter("weight", at::empty({rows, args.dim}).normal_(0, 0.02));
+  if (config_.bias_update) {
+    bias_ = register_buffer("bias", at::zeros({num_experts_}));
+    counts_ = at::zeros({num_experts_ + 1}, at::kLong);
+  }
 }
 
+bool TopkRouter::causal() const { return batch_independent() || config_.drop == "position"; }
+
+bool TopkRouter::batch_independent() const { return !is_training() || config_.capacity_factor == 0; }
+
 Routing TopkRouter::forward(const Tensor& x, const Packing& packing) {
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor logits = at::linear(x.to(type), weight_.to(type));
-  const auto gates = ops::topk_gates(logits, {.top_k = config_.top_k,
-                                              .sigmoid = config_.scoring == "sigmoid",
-                                              .normalize = config_.normalized(),
-                                              .shared_last = config_.shared == "inside"});
+  const bool learning = is_training() && !packing.state;
+  const Tensor logits = token_logits(x, weight_, learning ? config_.jitter : 0);
+  const auto gates = ops::topk_gates(logits,
+                                     {.top_k = config_.top_k,
+                                      .sigmoid = config_.scoring == "sigmoid",
+                                      .normalize = config_.normalized(),
+                                      .softmax_after_topk = config_.scoring == "softmax_topk",
+                                      .shared_last = config_.shared == "inside",
+                                      .scale = config_.scale},
+                                     bias_);
   Routing routing{.expert_ids = gates.ids, .weights = gates.weights, .shared_weight = gates.shared_weight};
-  Tensor real;
-  if (packing.padding.defined()) {
-    real = packing.padding.logical_not();
-    routing.expert_ids = gates.ids.masked_fill(packing.padding.unsqueeze(1), -1);
-    routing.weights = gates.weights * real.unsqueeze(1);
-  }
+  const Tensor real = exclude_padding(routing, packing);
   const Tensor scores = gates.scores.narrow(1, 0, num_experts_);
   routing.aux_loss = router_loss(config_, logits, scores, routing.expert_ids, real);
+  if (learning && bias_.defined()) count(routing.expert_ids);
+  if (learning && config_.capacity_factor > 0) drop(routing, real);
   return routing;
+}
+
+void TopkRouter::count(const Tensor& expert_ids) {
+  counts_ = counts_.to(expert_ids.device());
+  add_choices(counts_, key_of(expert_ids, num_experts_));
+}
+
+void TopkRouter::drop(Routing& routing, const Tensor& real) const {
+  const Tensor ids = routing.expert_ids, chosen = ids >= 0;
+  const Tensor rows = real.defined() ? real.sum() : at::scalar_tensor(ids.size(0), ids.options());
+  const double share =
+      config_.capacity_factor * static_cast<double>(config_.top_k) / static_cast<double>(num_experts_);
+  // A whole number that the product misses by rounding is not to become the next one.
+  const Tensor capacity = (rows.to(at::kDouble) * (share * (1 - 1e-9))).ceil();
+  const bool by_weight = config_.drop == "probability";
+  const Tensor rank = rank_within_expert(ids, by_weight ? routing.weights : Tensor(), num_experts_);
+  const Tensor kept = chosen.logical_and(rank < capacity);
+  routing.expert_ids = ids.masked_fill(kept.logical_not(), -1);
+  routing.weights = routing.weights * kept;
+  const Tensor all = chosen.sum();
+  routing.metrics["dropped"] = (all - kept.sum()).to(at::kFloat) / all.clamp_min(1);
+}
+
+void TopkRouter::end_step(const Group& group) {
+  if (!bias_.defined()) return;
+  at::NoGradGuard no_grad;
+  Tensor total = counts_.to(bias_.device());
+  group.all_reduce_sum(total);
+  const Tensor load = total.narrow(0, 0, num_experts_).to(at::kDouble), mean = load.mean();
+  const Tensor missing = mean - load;
+  const Tensor step = config_.bias_rule == "sign" ? missing.sign() : missing / mean.clamp_min(1e-20);
+  bias_.add_(step.to(at::kFloat), *config_.bias_update);
+  counts_.zero_();
 }
 
 }  // namespace hymoe

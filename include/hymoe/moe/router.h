@@ -21,6 +21,14 @@ struct RouterConfig {
   std::string scoring = "softmax";
   std::optional<bool> normalize = {};
   std::string shared = "apart";
+  double scale = 1;
+  std::optional<double> bias_update = {};
+  std::string bias_rule = "sign";
+  double jitter = 0;
+  double capacity_factor = 0;
+  std::string drop = "probability";
+  double mixer_eps = 0.01;
+  std::string mixer_variant = "v2";
   double balance_loss = 0.01;
   double z_loss = 0;
   int64_t segment_len = 64;
@@ -42,19 +50,53 @@ struct RouterConfig {
     using C = RouterConfig;
     return hymoe::fields(
         field("kind", &C::kind,
-              "name of a registered router; built in: topk (a unit is a row), segment (a window), "
-              "expert_choice "
-              "and threshold (as segment's, for rows; expert_choice looks ahead)"),
-        field("top_k", &C::top_k, "experts a unit goes to (topk, and segment with select top_k)").at_least(1),
-        field("scoring", &C::scoring, "how logits become scores").one_of({"softmax", "sigmoid"}),
+              "name of a registered router; built in: topk and sparse_mixer (a unit is a row), segment (a "
+              "window), expert_choice and threshold (as segment's, for rows; expert_choice looks ahead)"),
+        field("top_k", &C::top_k,
+              "experts a unit goes to (topk, sparse_mixer, and segment with select top_k)")
+            .at_least(1),
+        field("scoring", &C::scoring,
+              "how logits become scores; softmax_topk: as softmax, but weights are a softmax over the chosen "
+              "logits alone (topk)")
+            .one_of({"softmax", "sigmoid", "softmax_topk"}),
         field("normalize", &C::normalize,
-              "divide a unit's weights by their sum; by default topk does and segment does not"),
+              "divide a unit's weights by their sum; by default topk does and the others do not, "
+              "sparse_mixer never"),
         field("shared", &C::shared,
               "inside: the shared expert has the router's last row, is always taken and shares the "
               "normalisation")
             .one_of({"inside", "apart"}),
+        field("scale", &C::scale, "factor of the weights, after normalisation (topk)").above(0),
+        field("bias_update", &C::bias_update,
+              "if given, a bias of each expert joins its score in the choice, and a step moves it by this "
+              "much towards even load; 0 leaves it as it is (topk)")
+            .at_least(0),
+        field("bias_rule", &C::bias_rule,
+              "how a step moves the bias: by the sign of mean load - load, or by (mean load - load) / mean "
+              "load")
+            .one_of({"sign", "magnitude"}),
+        field("jitter", &C::jitter,
+              "in training, what the router sees is multiplied by random numbers in 1 ± jitter (topk, "
+              "sparse_mixer)")
+            .at_least(0)
+            .below(1),
+        field(
+            "capacity_factor", &C::capacity_factor,
+            "in training, an expert keeps at most this times an even share of the choices of a call; 0: all "
+            "(topk)")
+            .at_least(0),
+        field("drop", &C::drop,
+              "which choices a full expert keeps: those of highest weight, which looks ahead in training, or "
+              "the first")
+            .one_of({"probability", "position"}),
+        field("mixer_eps", &C::mixer_eps,
+              "sparse_mixer samples among logits within about 2·mixer_eps of the largest, relatively")
+            .at_least(0),
+        field("mixer_variant", &C::mixer_variant,
+              "sparse_mixer as published in code (v2), or as corrected in the paper (v2_star)")
+            .one_of({"v2", "v2_star"}),
         field("balance_loss", &C::balance_loss,
-              "coefficient of the load-balance loss (topk, and segment with select top_k)")
+              "coefficient of the load-balance loss (topk, sparse_mixer, and segment with select top_k)")
             .at_least(0),
         field("z_loss", &C::z_loss, "coefficient of the mean squared log-sum-exp of the logits").at_least(0),
         field("segment_len", &C::segment_len, "rows of a window; the last one of a document may be shorter")
@@ -97,7 +139,8 @@ struct RouterConfig {
 
   /// `normalize`, or what it is for this kind when unset.
   bool normalized() const {
-    return normalize.value_or(kind != "segment" && kind != "expert_choice" && kind != "threshold");
+    return normalize.value_or(kind != "segment" && kind != "expert_choice" && kind != "threshold" &&
+                              kind != "sparse_mixer");
   }
   /// Experts that a unit of E reaches on average.
   double experts_per_unit() const;
@@ -105,7 +148,7 @@ struct RouterConfig {
 
 /// Decides where each unit goes. The decision for a row may depend only on that row's own past in its
 /// document, on parameters, and on state frozen before the step; a router that cannot promise this says so in
-/// causal() or batch_independent().
+/// causal() or batch_independent(). Buffers are state of training: they keep their type under to(dtype).
 class Router : public torch::nn::Module {
  public:
   /// x [T, D] -> the routing of all its rows. With packing.state, documents continue and the routing must be
@@ -118,6 +161,10 @@ class Router : public torch::nn::Module {
   virtual bool causal() const { return true; }
   /// Whether no decision depends on other documents of the call.
   virtual bool batch_independent() const { return true; }
+
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  using Module::to;
 };
 
 struct RouterArgs {
@@ -126,7 +173,7 @@ struct RouterArgs {
   RouterConfig config = {};
 };
 
-/// The routers by `kind`: "topk", "segment" and those that were added.
+/// The routers by `kind`: those built in and those that were added.
 Registry<Router, RouterArgs>& routers();
 
 }  // namespace hymoe

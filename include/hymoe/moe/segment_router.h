@@ -1,6 +1,5 @@
 #pragma once
 
-#include <functional>
 #include <string>
 
 #include "hymoe/moe/router.h"
@@ -40,7 +39,7 @@ struct Windows;
 /// Of equal scores the lower index wins, windows and experts alike. Windows of padding alone get no expert
 /// and count nowhere. Decoding is exact: a window's decision is made at its first row and kept; one that
 /// looks ahead sees no further than its call. W and start begin as N(0, 0.02). Buffers: cutoff [E] fp32,
-/// cutoff_steps int64 (steps in it); they keep their type under to(dtype). metrics: uncovered and shared, the
+/// cutoff_steps int64 (steps in it). metrics: uncovered and shared, the
 /// shares of windows that no expert took and that more than one took.
 class SegmentRouter : public Router {
  public:
@@ -50,9 +49,6 @@ class SegmentRouter : public Router {
   void end_step(const Group& group) override;
   bool causal() const override;
   bool batch_independent() const override;
-  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
-  void to(torch::Dtype dtype, bool non_blocking = false) override;
-  using Router::to;
 
  private:
   struct Scoring;
@@ -73,7 +69,6 @@ class SegmentRouter : public Router {
   void remember(DecodeState& state, const Tensor& pooled, const Windows& windows, Decision& decision);
   Tensor size_of(const Windows& windows) const;
   void record_cutoff(const Tensor& logits, const Tensor& size);
-  void keeping_buffers(const std::function<void()>& convert);
 
   RouterConfig config_;
   int64_t num_experts_;
