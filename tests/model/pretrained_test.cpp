@@ -39,8 +39,9 @@ ModelConfig tiny_config(bool hybrid) {
     config.moe_layers = {1};
     config.moe = {
         .shared = {.hidden = 24},
-        .branches = {{.name = "token", .num_experts = 3, .hidden = 8, .router = {.top_k = 2}},
-                     {.name = "segment", .num_experts = 2, .hidden = 8, .router = {.kind = "segment"}}}};
+        .branches = {
+            {.name = "token", .num_experts = 3, .hidden = 8, .router = {.top_k = 2, .bias_update = 0.1}},
+            {.name = "segment", .num_experts = 2, .hidden = 8, .router = {.kind = "segment"}}}};
   }
   return config;
 }
@@ -91,7 +92,9 @@ TEST_F(Pretrained, HybridConfigIsWholeUnderModel) {
 TEST_F(Pretrained, BuffersKeepTheirTypeInBfloat16) {
   Transformer model = load_pretrained(save("m", true), at::kCPU, at::kBFloat16);
   for (const auto& item : model->named_parameters()) EXPECT_EQ(item.value().scalar_type(), at::kBFloat16);
-  EXPECT_EQ(model->named_buffers()["model.layers.1.mlp.segment.router.cutoff"].scalar_type(), at::kFloat);
+  for (const std::string name : {"segment.router.cutoff", "token.router.bias"}) {
+    EXPECT_EQ(model->named_buffers()["model.layers.1.mlp." + name].scalar_type(), at::kFloat);
+  }
   save_pretrained(model, folder_ / "bf16");
   const SafetensorsFolder files(folder_ / "bf16");
   EXPECT_EQ(files.info("lm_head.weight").dtype, at::kBFloat16);

@@ -32,6 +32,20 @@ TEST(Conformance, BuiltInRoutersPass) {
   EXPECT_EQ(outcome(paper, "causality"), Outcome::kDeclared);
 }
 
+TEST(Conformance, EveryTokenRouterPasses) {
+  for (const RouterConfig& config :
+       {RouterConfig{.scoring = "softmax_topk", .shared = "inside", .scale = 2},
+        {.scoring = "sigmoid", .bias_update = 0.1, .jitter = 0.1},
+        {.capacity_factor = 0.5},
+        {.kind = "sparse_mixer", .mixer_eps = 0.3},
+        {.kind = "sparse_mixer", .mixer_eps = 0.3, .mixer_variant = "v2_star"}}) {
+    const Report report = check_built_in(config);
+    EXPECT_TRUE(report.ok()) << report.text();
+    EXPECT_EQ(outcome(report, "causality"), Outcome::kPassed);
+    EXPECT_EQ(outcome(report, "batch independence"), Outcome::kPassed);
+  }
+}
+
 TEST(Conformance, EveryModeOfTheSegmentRouterPasses) {
   for (const std::string score : {"own", "previous", "prefix", "sliding"}) {
     for (const std::string select : {"expert_choice", "threshold", "prefix_choice", "top_k"}) {
