@@ -164,9 +164,9 @@ TEST(TopkRouter, OfEqualWeightsTheEarlierRowStays) {
   auto router = identity({.top_k = 1, .normalize = false, .capacity_factor = 1}, 2);
   const Routing r = router->forward(rows({{1, 0}, {1, 0}, {1, 0}, {1, 0}}), one_document(4));
   EXPECT_TRUE(at::equal(r.expert_ids.squeeze(1), at::tensor({0, 0, -1, -1}, at::kLong)));
-  // 100·1/1·1.1 is 110.00000000000001 in doubles: no 111th.
-  auto single = identity({.top_k = 1, .normalize = false, .capacity_factor = 0.11}, 1);
-  const Routing all = single->forward(at::zeros({1000, 1}), one_document(1000));
+  // 200·1/2·1.1 is 110.00000000000001 in doubles: no 111th.
+  auto loose = identity({.top_k = 1, .normalize = false, .capacity_factor = 1.1}, 2);
+  const Routing all = loose->forward(at::zeros({200, 2}), one_document(200));
   EXPECT_EQ((all.expert_ids >= 0).sum().item<int64_t>(), 110);
 }
 
