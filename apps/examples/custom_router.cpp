@@ -18,8 +18,10 @@ class HashRouter : public hymoe::Router {
 
   hymoe::Routing forward(const at::Tensor& x, const hymoe::Packing& packing) override {
     hymoe::Routing routing;
-    routing.expert_ids = at::linear(x.detach(), projection_).argmax(1, /*keepdim=*/true);
-    routing.weights = at::sigmoid(at::linear(x, weight_)).gather(1, routing.expert_ids);
+    const at::Tensor rows = x.to(projection_.scalar_type());  // fp32, also where the model is bf16
+    routing.expert_ids = at::linear(rows.detach(), projection_).argmax(1, /*keepdim=*/true);
+    routing.weights =
+        at::sigmoid(at::linear(rows, weight_.to(rows.scalar_type()))).gather(1, routing.expert_ids);
     if (packing.padding.defined()) {  // padding goes nowhere
       const at::Tensor pad = packing.padding.unsqueeze(1);
       routing.expert_ids = routing.expert_ids.masked_fill(pad, -1);

@@ -29,13 +29,17 @@ std::shared_ptr<Router> make_row_chooser(RouterArgs args) {
   return std::make_shared<SegmentRouter>(args);
 }
 
-// Converts a router and gives its buffers the values and types of before.
-void keeping_buffers(const Router& router, const std::function<void()>& convert) {
+// Converts a router and gives its buffers the values of before, in a type no narrower than fp32.
+void keeping_buffers(const Router& router, at::ScalarType dtype, const std::function<void()>& convert) {
   std::vector<Tensor> before;
   for (const Tensor& buffer : router.buffers()) before.push_back(buffer.detach());
   convert();
   const auto after = router.buffers();
-  for (size_t i = 0; i < after.size(); ++i) after[i].set_data(before[i].to(after[i].device()));
+  for (size_t i = 0; i < after.size(); ++i) {
+    const auto type =
+        before[i].is_floating_point() ? at::promote_types(dtype, at::kFloat) : before[i].scalar_type();
+    after[i].set_data(before[i].to(after[i].device(), type));
+  }
 }
 
 void refuse(bool wrong, const std::string& key, const std::string& text) {
@@ -64,11 +68,11 @@ void check_sparse_mixer(const RouterConfig& c) {
 }  // namespace
 
 void Router::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
-  keeping_buffers(*this, [&] { Module::to(device, dtype, non_blocking); });
+  keeping_buffers(*this, dtype, [&] { Module::to(device, dtype, non_blocking); });
 }
 
 void Router::to(torch::Dtype dtype, bool non_blocking) {
-  keeping_buffers(*this, [&] { Module::to(dtype, non_blocking); });
+  keeping_buffers(*this, dtype, [&] { Module::to(dtype, non_blocking); });
 }
 
 void RouterConfig::check() const {

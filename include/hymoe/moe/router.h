@@ -148,7 +148,8 @@ struct RouterConfig {
 
 /// Decides where each unit goes. The decision for a row may depend only on that row's own past in its
 /// document, on parameters, and on state frozen before the step; a router that cannot promise this says so in
-/// causal() or batch_independent(). Buffers are state of training: they keep their type under to(dtype).
+/// causal() or batch_independent(). Buffers are state of training: under to(dtype) they become
+/// no narrower than fp32.
 class Router : public torch::nn::Module {
  public:
   /// x [T, D] -> the routing of all its rows. With packing.state, documents continue and the routing must be
