@@ -65,6 +65,10 @@ void add_train(CLI::App& program) {
         std::cout << row.dump() << std::endl;
       } else if (row.contains("lm_loss")) {
         progress.show(step_text(row, config));
+        for (const std::string& warning : row.value("warnings", std::vector<std::string>())) {
+          progress.clear();
+          std::cerr << "hymoe: warning: step " << row["step"] << ": " << warning << std::endl;
+        }
       } else if (!*quiet) {
         progress.clear();
         std::cout << eval_text(row) << std::endl;

@@ -18,5 +18,6 @@
 #include "hymoe/testing/conformance.h"
 #include "hymoe/train/checkpoint.h"
 #include "hymoe/train/optimizer.h"
+#include "hymoe/train/router_gradients.h"
 #include "hymoe/train/schedule.h"
 #include "hymoe/train/trainer.h"

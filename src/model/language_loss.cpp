@@ -18,6 +18,7 @@ void add_loads(std::vector<LayerLoad>& sum, const std::vector<LayerLoad>& loads)
     total.rows_per_expert = total.rows_per_expert + loads[i].load.rows_per_expert;
     total.covered = total.covered + loads[i].load.covered;
     total.rows = total.rows + loads[i].load.rows;
+    if (total.joint.defined()) total.joint = total.joint + loads[i].load.joint;
     for (const auto& [name, value] : loads[i].load.metrics) total.metrics[name] = total.metrics[name] + value;
   }
 }

@@ -36,6 +36,17 @@ std::vector<int64_t> experts_of_branches(const MoEConfig& config) {
   return counts;
 }
 
+// [A, B] rows with expert a among ids_a [T, Ka] and b among ids_b [T, Kb], -1 = none.
+Tensor joint_counts(const Tensor& ids_a, int64_t a, const Tensor& ids_b, int64_t b) {
+  const Tensor first = ids_a.unsqueeze(2), second = ids_b.unsqueeze(1);
+  const Tensor pair = at::where((first < 0).logical_or(second < 0), a * b, first * b + second).reshape(-1);
+  const Tensor one = at::ones({1}, pair.options());
+  return at::zeros({a * b + 1}, pair.options())
+      .scatter_add(0, pair, one.expand_as(pair))
+      .narrow(0, 0, a * b)
+      .view({a, b});
+}
+
 }  // namespace
 
 void SharedConfig::check() const {
@@ -50,6 +61,10 @@ void BranchConfig::check() const {
   hymoe::experts().check(experts, "experts");
   const bool chooses = router.kind == "topk" || router.kind == "sparse_mixer" ||
                        (router.kind == "segment" && router.select == "top_k");
+  if (router.prior_expert && *router.prior_expert >= num_experts) {
+    throw ConfigError("router.prior_expert", "expected below num_experts, " + std::to_string(num_experts) +
+                                                 ", got " + std::to_string(*router.prior_expert));
+  }
   if (chooses && router.top_k > num_experts) {
     throw ConfigError("router.top_k", "expected at most num_experts, " + std::to_string(num_experts) +
                                           ", got " + std::to_string(router.top_k));
@@ -139,7 +154,7 @@ MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing) {
     if (base.defined()) base_weight = base_weight.defined() ? base_weight / sum : sum.reciprocal();
   }
   out.y = dispatcher_.combine(run_experts(dispatched), dispatched, base, base_weight);
-  out.load = load(routings, dispatched, packing);
+  out.load = load(routings, dispatched, packing, base_weight);
   return out;
 }
 
@@ -204,17 +219,31 @@ Tensor MoEImpl::run_experts(const Dispatched& dispatched) const {
 }
 
 std::vector<BranchLoad> MoEImpl::load(const std::vector<Routing>& routings, const Dispatched& dispatched,
-                                      const Packing& packing) const {
+                                      const Packing& packing, const Tensor& shared_weight) const {
   const auto per_expert = dispatched.rows_per_expert.split_with_sizes(experts_of_branches(config_));
   const Tensor& slots = dispatched.permutation.slot_row;
   const Tensor rows = packing.padding.defined() ? packing.padding.logical_not().sum()
                                                 : at::scalar_tensor(slots.size(0), slots.options());
   std::vector<BranchLoad> loads;
   int64_t column = 0;
+  Tensor ids_before;
   for (size_t b = 0; b < routings.size(); ++b) {
     const int64_t width = routings[b].expert_ids.size(1);
-    const Tensor covered = (slots.narrow(1, column, width) >= 0).any(1).sum();
-    loads.push_back({config_.branches[b].name, per_expert[b], covered, rows, routings[b].metrics});
+    const Tensor taken = slots.narrow(1, column, width) >= 0;
+    const Tensor ids =
+        expand_units(routings[b].expert_ids, routings[b].offsets, slots.size(0)).masked_fill(~taken, -1);
+    loads.push_back(
+        {config_.branches[b].name, per_expert[b], taken.any(1).sum(), rows, {}, routings[b].metrics});
+    if (b > 0)
+      loads[b].joint = joint_counts(ids_before, per_expert[b - 1].numel(), ids, per_expert[b].numel());
+    const Tensor weight = dispatched.weights.detach().narrow(1, column, width).sum();
+    loads[b].metrics["gate_weight"] = weight / taken.sum().clamp_min(1);
+    if (routings[b].shared_weight.defined()) {
+      const Tensor all = shared_weight.detach();
+      const Tensor real = packing.padding.defined() ? all.masked_fill(packing.padding, 0) : all;
+      loads[b].metrics["shared_weight"] = real.sum() / rows.clamp_min(1);
+    }
+    ids_before = ids;
     column += width;
   }
   return loads;

@@ -55,6 +55,17 @@ void check_is_topk(const RouterConfig& c) {
   refuse(c.capacity_factor > 0, "capacity_factor", only + "0, got " + format_scalar(c.capacity_factor));
 }
 
+// The language-prior loss needs a softmax and the index of its expert.
+void check_prior(const RouterConfig& c, bool token_choice) {
+  if (c.prior_loss == 0) return;
+  refuse(!token_choice, "prior_loss",
+         "only topk and sparse_mixer have it: expected 0, got " + format_scalar(c.prior_loss));
+  refuse(c.scoring == "sigmoid", "scoring",
+         "prior_loss is a likelihood under a softmax: expected softmax or softmax_topk, got sigmoid");
+  refuse(!c.prior_expert && c.shared == "apart", "prior_expert",
+         "which expert shall keep the languages of prior_loss? expected its index, or shared inside");
+}
+
 void check_sparse_mixer(const RouterConfig& c) {
   check_is_topk(c);
   refuse(c.scoring == "sigmoid", "scoring",
@@ -77,9 +88,10 @@ void Router::to(torch::Dtype dtype, bool non_blocking) {
 
 void RouterConfig::check() const {
   routers().check(kind, "kind");
-  if (kind == "sparse_mixer") return check_sparse_mixer(*this);
   const bool segment = kind == "segment" || chooses_rows(*this);
-  if (!segment && kind != "topk") return;
+  if (!segment && kind != "topk" && kind != "sparse_mixer") return;
+  check_prior(*this, !segment);
+  if (kind == "sparse_mixer") return check_sparse_mixer(*this);
   if (segment) {
     check_is_topk(*this);
     refuse(jitter > 0, "jitter",

@@ -36,11 +36,13 @@ void Packing::check(const Tensor& x) const {
   TORCH_CHECK(at[0] == 0 && std::is_sorted(at, at + offsets.numel()) && rows() == x.size(0),
               "Packing: offsets must rise from 0 to ", x.size(0), ", the rows of x, got ", at[0], " to ",
               rows(), std::is_sorted(at, at + offsets.numel()) ? "" : ", falling in between");
+  for (const auto& [name, mask] : {std::pair("padding", padding), {"prior", prior}}) {
+    TORCH_CHECK(!mask.defined() || (mask.dim() == 1 && mask.size(0) == x.size(0) &&
+                                    mask.scalar_type() == at::kBool && mask.device() == x.device()),
+                "Packing: ", name, " must be [", x.size(0), "] bool on ", x.device(), ", got ",
+                mask.toString(), " ", mask.sizes());
+  }
   if (padding.defined()) {
-    TORCH_CHECK(padding.dim() == 1 && padding.size(0) == x.size(0) && padding.scalar_type() == at::kBool &&
-                    padding.device() == x.device(),
-                "Packing: padding must be [", x.size(0), "] bool on ", x.device(), ", got ",
-                padding.toString(), " ", padding.sizes());
     TORCH_CHECK(!state,
                 "Packing: with a decoding state no row is padding; give each document its own length");
     if (padding.is_cpu()) {  // elsewhere the look would wait for the device

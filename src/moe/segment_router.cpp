@@ -6,7 +6,6 @@
 #include <torch/types.h>
 
 #include "hymoe/config/config.h"
-#include "hymoe/moe/losses.h"
 #include "hymoe/ops/gates.h"
 #include "hymoe/ops/segment.h"
 #include "moe/segment_windows.h"
@@ -48,7 +47,8 @@ struct SegmentRouter::Decision {
   std::map<std::string, Tensor> metrics;
 };
 
-SegmentRouter::SegmentRouter(const RouterArgs& args) : config_(args.config), num_experts_(args.num_experts) {
+SegmentRouter::SegmentRouter(const RouterArgs& args)
+    : config_(args.config), num_experts_(args.num_experts), losses_(args.config, args.num_experts) {
   check_config(config_);
   weight_ = register_parameter("weight", at::empty({num_experts_, args.dim}).normal_(0, 0.02));
   if (config_.score == "previous" || config_.score == "prefix") {
@@ -237,13 +237,12 @@ Routing SegmentRouter::forward(const Tensor& x, const Packing& packing) {
   const Tensor logits = scored.logits(weight_);
   Decision d;
   decide(logits, scored, w, packing.state, d);
-  if (packing.state) {
-    remember(*packing.state, pooled, w, d);
-  } else if (is_training() && cutoff_.defined()) {
-    record_cutoff(logits.detach(), size_of(w));
-  }
+  const bool learning = is_training() && !packing.state;
+  if (packing.state) remember(*packing.state, pooled, w, d);
+  if (learning && cutoff_.defined()) record_cutoff(logits.detach(), size_of(w));
+  d.metrics["router_entropy"] = router_entropy(d.scores, w.rows);
   const Tensor balanced = config_.select == "top_k" ? d.scores : Tensor();
-  Tensor loss = router_loss(config_, logits, balanced, d.ids, w.rows);
+  Tensor loss = losses_({logits, balanced, d.ids, w.rows, w.document}, packing, learning);
   if (d.aux_loss.defined()) loss = loss.defined() ? loss + d.aux_loss : d.aux_loss;
   return {.expert_ids = d.ids,
           .weights = d.weights,
@@ -283,6 +282,7 @@ void SegmentRouter::record_cutoff(const Tensor& logits, const Tensor& size) {
 }
 
 void SegmentRouter::end_step(const Group& group) {
+  losses_.end_step();
   if (!cutoff_.defined()) return;
   at::NoGradGuard no_grad;
   Tensor total = recorded_.to(cutoff_.device());

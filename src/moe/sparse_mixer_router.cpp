@@ -3,13 +3,13 @@
 #include <torch/types.h>
 
 #include "hymoe/config/config.h"
-#include "hymoe/moe/losses.h"
 #include "hymoe/ops/sparse_mixer.h"
 #include "moe/token_rows.h"
 
 namespace hymoe {
 
-SparseMixerRouter::SparseMixerRouter(const RouterArgs& args) : config_(args.config) {
+SparseMixerRouter::SparseMixerRouter(const RouterArgs& args)
+    : config_(args.config), losses_(args.config, args.num_experts) {
   check_config(config_);
   weight_ = register_parameter("weight", at::empty({args.num_experts, args.dim}).normal_(0, 0.02));
 }
@@ -24,10 +24,13 @@ Routing SparseMixerRouter::forward(const Tensor& x, const Packing& packing) {
       noise);
   Routing routing{.expert_ids = gates.ids, .weights = gates.weights};
   const Tensor real = exclude_padding(routing, packing);
-  routing.aux_loss = router_loss(config_, logits, gates.scores, routing.expert_ids, real);
+  routing.aux_loss = losses_({logits, gates.scores, routing.expert_ids, real}, packing, learning);
+  routing.metrics["router_entropy"] = router_entropy(gates.scores, real);
   const Tensor alone = (routing.weights.detach() == 1).sum();
   routing.metrics["unrivalled"] = alone.to(at::kFloat) / (routing.expert_ids >= 0).sum().clamp_min(1);
   return routing;
 }
+
+void SparseMixerRouter::end_step(const Group&) { losses_.end_step(); }
 
 }  // namespace hymoe

@@ -3,26 +3,15 @@
 #include <torch/types.h>
 
 #include "hymoe/config/config.h"
-#include "hymoe/moe/losses.h"
 #include "hymoe/ops/gates.h"
 #include "moe/token_rows.h"
 
 namespace hymoe {
 namespace {
 
-// Adds the choices of each expert to counts [E + 1], those of none to the last.
-void add_choices(Tensor& counts, const Tensor& key) {
-  counts.scatter_add_(0, key, at::ones({1}, counts.options()).expand_as(key));
-}
-
-// [T·K], expert ids with E for none.
-Tensor key_of(const Tensor& expert_ids, int64_t experts) {
-  return at::where(expert_ids < 0, experts, expert_ids).reshape(-1);
-}
-
 // [T, K]: how many choices of its expert come before each, by weight or, where that is undefined, by row.
 Tensor rank_within_expert(const Tensor& expert_ids, const Tensor& weights, int64_t experts) {
-  const Tensor key = key_of(expert_ids, experts);
+  const Tensor key = at::where(expert_ids < 0, experts, expert_ids).reshape(-1);
   Tensor order;
   if (weights.defined()) {
     order = at::argsort(weights.detach().reshape(-1), /*stable=*/true, 0, /*descending=*/true);
@@ -30,9 +19,8 @@ Tensor rank_within_expert(const Tensor& expert_ids, const Tensor& weights, int64
   } else {
     order = at::argsort(key, /*stable=*/true, 0, /*descending=*/false);
   }
-  Tensor counts = at::zeros({experts + 1}, key.options());
-  add_choices(counts, key);
-  const Tensor first = counts.cumsum(0) - counts;
+  const Tensor counts = count_choices(expert_ids, experts).squeeze(0);
+  const Tensor ends = counts.cumsum(0), first = at::cat({ends - counts, ends.slice(0, experts - 1)});
   const Tensor rank =
       at::arange(key.numel(), key.options()) - first.index_select(0, key.index_select(0, order));
   return at::empty_like(key).scatter_(0, order, rank).view_as(expert_ids);
@@ -40,13 +28,14 @@ Tensor rank_within_expert(const Tensor& expert_ids, const Tensor& weights, int64
 
 }  // namespace
 
-TopkRouter::TopkRouter(const RouterArgs& args) : config_(args.config), num_experts_(args.num_experts) {
+TopkRouter::TopkRouter(const RouterArgs& args)
+    : config_(args.config), num_experts_(args.num_experts), losses_(args.config, args.num_experts) {
   check_config(config_);
   const int64_t rows = num_experts_ + (config_.shared == "inside" ? 1 : 0);
   weight_ = register_parameter("weight", at::empty({rows, args.dim}).normal_(0, 0.02));
   if (config_.bias_update) {
     bias_ = register_buffer("bias", at::zeros({num_experts_}));
-    counts_ = at::zeros({num_experts_ + 1}, at::kLong);
+    counts_ = at::zeros({1, num_experts_}, at::kLong);
   }
 }
 
@@ -68,15 +57,13 @@ Routing TopkRouter::forward(const Tensor& x, const Packing& packing) {
   Routing routing{.expert_ids = gates.ids, .weights = gates.weights, .shared_weight = gates.shared_weight};
   const Tensor real = exclude_padding(routing, packing);
   const Tensor scores = gates.scores.narrow(1, 0, num_experts_);
-  routing.aux_loss = router_loss(config_, logits, scores, routing.expert_ids, real);
-  if (learning && bias_.defined()) count(routing.expert_ids);
+  routing.aux_loss = losses_({logits, scores, routing.expert_ids, real}, packing, learning);
+  routing.metrics["router_entropy"] = router_entropy(scores, real);
+  if (learning && bias_.defined()) {
+    counts_ = counts_.to(logits.device()) + count_choices(routing.expert_ids, num_experts_);
+  }
   if (learning && config_.capacity_factor > 0) drop(routing, real);
   return routing;
-}
-
-void TopkRouter::count(const Tensor& expert_ids) {
-  counts_ = counts_.to(expert_ids.device());
-  add_choices(counts_, key_of(expert_ids, num_experts_));
 }
 
 void TopkRouter::drop(Routing& routing, const Tensor& real) const {
@@ -96,11 +83,12 @@ void TopkRouter::drop(Routing& routing, const Tensor& real) const {
 }
 
 void TopkRouter::end_step(const Group& group) {
+  losses_.end_step();
   if (!bias_.defined()) return;
   at::NoGradGuard no_grad;
   Tensor total = counts_.to(bias_.device());
   group.all_reduce_sum(total);
-  const Tensor load = total.narrow(0, 0, num_experts_).to(at::kDouble), mean = load.mean();
+  const Tensor load = total.squeeze(0).to(at::kDouble), mean = load.mean();
   const Tensor missing = mean - load;
   const Tensor step = config_.bias_rule == "sign" ? missing.sign() : missing / mean.clamp_min(1e-20);
   bias_.add_(step.to(at::kFloat), *config_.bias_update);

@@ -5,6 +5,7 @@
 
 #include <ATen/Dispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/types.h>
 
 #include "ops/cpu.h"
@@ -123,16 +124,20 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
     return {at::dot(nll, token_weights), nll};
   }
 
+  // The gradients are given away, scaled in place, unless the graph shall be gone through again.
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    const auto take = [&](const char* name) {
+    const bool keep = torch::autograd::get_current_graph_task_keep_graph();
+    const auto take = [&](size_t input, const char* name) {
       const auto it = ctx->saved_data.find(name);
-      if (it == ctx->saved_data.end()) return Tensor();
-      Tensor x = it->second.toTensor();
+      if (it == ctx->saved_data.end() || !ctx->needs_input_grad(input)) return Tensor();
+      const Tensor x = it->second.toTensor();
+      if (keep) return x.clone();
       ctx->saved_data.erase(it);
       return x;
     };
-    Tensor dh = take("dh"), dw = take("dw");
-    TORCH_CHECK(dh.defined() || dw.defined(), "linear_cross_entropy: its gradients can be taken once");
+    Tensor dh = take(0, "dh"), dw = take(1, "dw");
+    TORCH_CHECK(dh.defined() || dw.defined(),
+                "linear_cross_entropy: a second backward pass needs the first to keep the graph");
     const Tensor& scale = gradients[0];
     if (!scale.is_cpu() || scale.item<double>() != 1) {
       if (dh.defined()) dh.mul_(scale);

@@ -1,5 +1,6 @@
 #include "hymoe/train/metrics.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "hymoe/config/error.h"
@@ -21,6 +22,15 @@ std::filesystem::path without_rows_after(const std::filesystem::path& path, int6
   return path;
 }
 
+double entropy(const Tensor& share) { return -at::xlogy(share, share).sum().item<double>(); }
+
+// Of two variables with these counts together [A, B]; 0 where one of them never varies.
+double mutual_information(const Tensor& counts) {
+  const Tensor share = counts / counts.sum().clamp_min(1);
+  const double a = entropy(share.sum(1)), b = entropy(share.sum(0)), least = std::min(a, b);
+  return least > 0 ? std::max(0.0, a + b - entropy(share)) / least : 0;
+}
+
 }  // namespace
 
 LoadSummary summarize(const BranchLoad& load) {
@@ -30,11 +40,16 @@ LoadSummary summarize(const BranchLoad& load) {
   LoadSummary summary;
   summary.dead_experts = (counts == 0).sum().item<int64_t>();
   if (total > 0) {
-    summary.load = counts.max().item<double>() * experts / total;
-    const Tensor share = counts / total;
-    const double nats = -at::xlogy(share, share).sum().item<double>();
-    summary.entropy = experts > 1 ? nats / std::log(experts) : 1.0;
+    const Tensor relative = counts * (experts / total);
+    summary.load = relative.max().item<double>();
+    summary.entropy = experts > 1 ? entropy(counts / total) / std::log(experts) : 1.0;
+    summary.cv = std::sqrt((relative - 1).square().mean().item<double>());
+    const Tensor parts = at::quantile(relative, at::tensor({0.1, 0.5, 0.9}, at::kDouble));
+    summary.p10 = parts[0].item<double>();
+    summary.p50 = parts[1].item<double>();
+    summary.p90 = parts[2].item<double>();
   }
+  if (load.joint.defined()) summary.overlap = mutual_information(load.joint.to(at::kCPU, at::kDouble));
   const double rows = load.rows.item<double>();
   summary.coverage = rows > 0 ? load.covered.item<double>() / rows : 0.0;
   return summary;

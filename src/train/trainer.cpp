@@ -1,5 +1,6 @@
 #include "hymoe/train/trainer.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -19,6 +20,7 @@
 #include "hymoe/train/checkpoint.h"
 #include "hymoe/train/metrics.h"
 #include "hymoe/train/report.h"
+#include "hymoe/train/router_gradients.h"
 
 namespace hymoe {
 namespace {
@@ -47,7 +49,8 @@ int64_t peak_memory() {
 // A config that a run was started with, less what may change from one sitting to the next.
 nlohmann::json fixed_part(const TrainConfig& config) {
   nlohmann::json json = to_json(config);
-  for (const char* key : {"runs", "init", "steps", "eval", "checkpoint", "log_interval", "device", "threads"})
+  for (const char* key : {"runs", "init", "steps", "eval", "checkpoint", "log_interval", "diagnose_interval",
+                          "device", "threads"})
     json.erase(key);
   return json;
 }
@@ -56,6 +59,26 @@ fs::path find_tokenizer(const TrainConfig& config, const Manifest& manifest) {
   if (!config.tokenizer.empty()) return config.tokenizer;
   if (!config.init.empty() && fs::exists(fs::path(config.init) / "tokenizer.json")) return config.init;
   return manifest.tokenizer_path;
+}
+
+// [languages of the batches] bool: those named.
+Tensor find_languages(const std::vector<std::string>& names, const Batches& batches) {
+  const auto& all = batches.languages();
+  Tensor found = at::zeros({static_cast<int64_t>(all.size())}, at::kBool);
+  for (size_t i = 0; i < names.size(); ++i) {
+    const auto at = std::find(all.begin(), all.end(), names[i]);
+    if (at == all.end()) {
+      throw ConfigError("prior_languages." + std::to_string(i),
+                        "'" + names[i] + "' is not among the languages that data is a mixture of");
+    }
+    found[at - all.begin()] = true;
+  }
+  return found;
+}
+
+int64_t real_rows(const Batch& batch) {
+  const int64_t rows = batch.tokens.numel();
+  return batch.padding.defined() ? rows - batch.padding.sum().item<int64_t>() : rows;
 }
 
 class Stopwatch {
@@ -83,6 +106,13 @@ void TrainConfig::check() const {
     throw ConfigError("micro_batch", "must divide data.batch_size " + std::to_string(data.batch_size) +
                                          ", got " + std::to_string(micro_batch));
   }
+  const auto& branches = model.moe.branches;
+  const bool prior = std::any_of(branches.begin(), branches.end(),
+                                 [](const BranchConfig& branch) { return branch.router.prior_loss > 0; });
+  if (prior && prior_languages.empty())
+    throw ConfigError("prior_languages", "a router has a prior_loss: expected the languages it is for");
+  if (!prior && !prior_languages.empty())
+    throw ConfigError("prior_languages", "no router has a prior_loss: expected none");
 }
 
 TrainConfig load_train_config(const fs::path& path, const std::vector<std::string>& overrides) {
@@ -101,14 +131,16 @@ class Trainer::Run {
  private:
   struct Interval {  // since the last row of metrics
     double nats = 0, aux_loss = 0, seconds = 0;
-    int64_t targets = 0, tokens = 0, micro_batches = 0;
+    int64_t targets = 0, tokens = 0, micro_batches = 0, steps = 0;
     std::vector<LayerLoad> loads;
+    std::vector<RouterGradient> routers;  // of the latest diagnosis
   };
 
   void open_folder();
   void begin_or_resume();
   void train_step();
-  void backward(const Batch& batch, double targets_of_step, double share);
+  void backward(const Batch& batch, double targets_of_step, double share, bool diagnose);
+  Tensor prior_rows(const Batch& batch) const;
   void log_step();
   void evaluate_if_due();
   void evaluate();
@@ -126,6 +158,7 @@ class Trainer::Run {
   Tokenizer tokenizer_;
   Batches batches_;
   Tensor token_bytes_;
+  Tensor prior_language_;  // [languages] bool; undefined: none
   Transformer model_{nullptr};
   std::optional<AdamW> optimizer_;
   std::optional<MetricsLog> log_;
@@ -152,6 +185,7 @@ Trainer::Run::Run(const TrainConfig& config, const OnRow& on_row, const OnEvalua
                                               std::to_string(config.model.vocab_size));
   }
   token_bytes_ = token_byte_lengths(tokenizer_, config.model.vocab_size);
+  if (!config.prior_languages.empty()) prior_language_ = find_languages(config.prior_languages, batches_);
   open_folder();
   begin_or_resume();
 }
@@ -221,14 +255,21 @@ void Trainer::Run::train_step() {
   const int64_t rows = config_.data.batch_size;
   const int64_t parts = config_.micro_batch > 0 ? rows / config_.micro_batch : 1;
   std::vector<Batch> micro_batches;
-  int64_t targets = 0;
+  int64_t targets = 0, real = 0;
   for (int64_t p = 0; p < parts; ++p) {
     micro_batches.push_back(batches_.at(state_.step, p, parts));
     targets += (micro_batches.back().targets >= 0).sum().item<int64_t>();
+    real += real_rows(micro_batches.back());
   }
-  // Every token of the step weighs the same, however the step was cut into micro-batches.
-  for (const Batch& batch : micro_batches)
-    backward(batch, static_cast<double>(targets), 1.0 / static_cast<double>(parts));
+  // Fresh copies of one expert are equal until the first step, so the first look is at the second.
+  const int64_t step = state_.step + 1, interval = config_.diagnose_interval;
+  bool diagnose = interval > 0 && (step == 2 || step % interval == 0);
+  // Every row of the step weighs the same, however the step was cut into micro-batches.
+  for (const Batch& batch : micro_batches) {
+    const double share = static_cast<double>(real_rows(batch)) / static_cast<double>(real);
+    backward(batch, static_cast<double>(targets), share, diagnose);
+    diagnose = false;
+  }
 
   lr_ = learning_rate(config_.schedule, state_.step, config_.steps);
   try {
@@ -240,14 +281,24 @@ void Trainer::Run::train_step() {
   model_->end_step();
   ++state_.step;
   state_.tokens += rows * config_.data.seq_len;
+  interval_.steps += 1;
   interval_.targets += targets;
   interval_.tokens += rows * config_.data.seq_len;
   interval_.seconds += watch.seconds();
 }
 
-void Trainer::Run::backward(const Batch& batch, double targets_of_step, double share) {
+// [T] bool: rows of documents in prior_languages.
+Tensor Trainer::Run::prior_rows(const Batch& batch) const {
+  if (!prior_language_.defined()) return {};
+  const Tensor& language = batch.document_language;
+  const Tensor known = prior_language_.index_select(0, language.clamp_min(0)).logical_and(language >= 0);
+  return known.repeat_interleave(batch.offsets.diff()).to(device_);
+}
+
+void Trainer::Run::backward(const Batch& batch, double targets_of_step, double share, bool diagnose) {
   const Packing packing{.offsets = batch.offsets,
-                        .padding = batch.padding.defined() ? batch.padding.to(device_) : Tensor()};
+                        .padding = batch.padding.defined() ? batch.padding.to(device_) : Tensor(),
+                        .prior = prior_rows(batch)};
   const Tensor tokens = batch.tokens.flatten();
   const Tensor weights = at::full({tokens.numel()}, 1.0 / targets_of_step, at::kFloat);
   const LossOutput out = model_->loss(tokens, batch.targets.flatten(), packing, weights);
@@ -257,16 +308,17 @@ void Trainer::Run::backward(const Batch& batch, double targets_of_step, double s
     throw Error("step " + std::to_string(state_.step + 1) + ": loss is " + std::to_string(value) + ": " +
                 model_->first_non_finite(tokens, packing));
   }
+  if (diagnose) interval_.routers = router_gradients(model_, out);
   loss.backward();
   interval_.nats += out.nll.sum(at::kDouble).item<double>();
-  interval_.aux_loss += out.aux_loss.item<double>();
+  interval_.aux_loss += share * out.aux_loss.item<double>();
   interval_.micro_batches += 1;
   add_loads(interval_.loads, out.loads);
 }
 
 void Trainer::Run::log_step() {
   const double lm_loss = interval_.nats / static_cast<double>(interval_.targets);
-  const double aux_loss = interval_.aux_loss / static_cast<double>(interval_.micro_batches);
+  const double aux_loss = interval_.aux_loss / static_cast<double>(interval_.steps);
   const double tokens_per_second = static_cast<double>(interval_.tokens) / interval_.seconds;
   nlohmann::ordered_json row{
       {"step", state_.step},
@@ -286,8 +338,20 @@ void Trainer::Run::log_step() {
     row["entropy/" + name] = summary.entropy;
     row["dead_experts/" + name] = summary.dead_experts;
     row["coverage/" + name] = summary.coverage;
+    row["load_cv/" + name] = summary.cv;
+    row["load_p10/" + name] = summary.p10;
+    row["load_p50/" + name] = summary.p50;
+    row["load_p90/" + name] = summary.p90;
+    if (summary.overlap) row["overlap/" + name] = *summary.overlap;
     for (const auto& [metric, sum] : load.load.metrics)
       row[metric + "/" + name] = sum.item<double>() / static_cast<double>(interval_.micro_batches);
+  }
+  for (const RouterGradient& router : interval_.routers) {
+    row["router_grad/" + router.name] = router.lm;
+    row["router_aux_grad/" + router.name] = router.aux;
+    if (!router.dead.empty())
+      row["warnings"].push_back(router.name +
+                                ": the router learns nothing from the language: " + router.dead);
   }
   interval_ = {};
   write_row(row);

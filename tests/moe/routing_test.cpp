@@ -2,7 +2,6 @@
 
 #include <gtest/gtest.h>
 
-#include "hymoe/moe/losses.h"
 #include "hymoe/moe/topk_router.h"
 #include "moe/layers.h"
 
@@ -41,6 +40,10 @@ TEST(Packing, ChecksItsFields) {
   padded.padding = at::tensor({0, 1, 0, 1, 0, 1}).to(at::kBool);
   EXPECT_NE(packing_error(padded, x).find("at the end of a document, got it before row 2 of document 0"),
             std::string::npos);
+  padded.padding = Tensor();
+  padded.prior = at::zeros({6});
+  EXPECT_NE(packing_error(padded, x).find("prior must be [6] bool"), std::string::npos);
+  padded.prior = Tensor();
   padded.padding = at::zeros({5}, at::kBool);
   EXPECT_NE(packing_error(padded, x).find("padding must be [6] bool"), std::string::npos);
 
@@ -103,36 +106,6 @@ TEST(TopkRouter, RefusesASingleNormalisedWeight) {
   }
   EXPECT_NO_THROW(routers().make("topk", {4, 5, {.top_k = 1, .normalize = false}}));
   EXPECT_NO_THROW(routers().make("topk", {4, 5, {.top_k = 1, .shared = "inside"}}));
-}
-
-TEST(BalanceLoss, AgainstALoop) {
-  const int64_t units = 9, experts = 4;
-  const Tensor scores = at::rand({units, experts}), ids = at::randint(-1, experts, {units, 2}, at::kLong);
-  const Tensor rows = at::randint(0, 5, {units}, at::kLong);
-  double total = 0, choices = 0, loss = 0;
-  std::vector<double> f(experts, 0), p(experts, 0);
-  for (int64_t u = 0; u < units; ++u) {
-    const double weight = rows[u].item<double>(), sum = scores[u].sum().item<double>();
-    total += weight;
-    for (int64_t e = 0; e < experts; ++e) p[e] += weight * scores[u][e].item<double>() / sum;
-    for (int64_t k = 0; k < 2; ++k) {
-      const int64_t id = ids[u][k].item<int64_t>();
-      if (id < 0) continue;
-      f[id] += weight;
-      choices += weight;
-    }
-  }
-  for (int64_t e = 0; e < experts; ++e) loss += experts * f[e] / choices * p[e] / total;
-  EXPECT_NEAR(balance_loss(scores, ids, rows).item<double>(), loss, 1e-5);
-  EXPECT_NEAR(balance_loss(scores, ids).item<double>(),
-              balance_loss(scores, ids, at::ones({units})).item<double>(), 1e-6);
-  const Tensor uniform = at::full({4, 4}, 0.3), each = at::arange(4).unsqueeze(1);
-  EXPECT_NEAR(balance_loss(uniform, each).item<double>(), 1, 1e-6);
-  const Tensor logits = at::randn({units, experts});
-  const Tensor squares = at::logsumexp(logits, {1}).square();
-  EXPECT_NEAR(z_loss(logits, rows).item<double>(), ((squares * rows).sum() / rows.sum()).item<double>(),
-              1e-5);
-  EXPECT_NEAR(z_loss(logits).item<double>(), squares.mean().item<double>(), 1e-5);
 }
 
 }  // namespace

@@ -160,7 +160,7 @@ TEST(SegmentModes, CapacityInRowsFillsUpToTheRowsOfAShare) {
   router->train();
   router->forward(x, packing);
   router->end_step({});
-  EXPECT_TRUE(at::allclose(router->named_buffers()["cutoff"], at::tensor({5., 5., 5.}, at::kFloat)));
+  EXPECT_TRUE(at::allclose(router->named_buffers()["cutoff"], at::tensor({5., 5., 5.}, at::kDouble)));
 }
 
 TEST(SegmentModes, ThePredictorLearnsWhatExpertChoiceTakes) {

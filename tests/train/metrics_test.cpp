@@ -1,5 +1,6 @@
 #include "hymoe/train/metrics.h"
 
+#include <cmath>
 #include <fstream>
 
 #include <gtest/gtest.h>
@@ -33,6 +34,33 @@ TEST(LoadSummary, OfEvenUnevenAndEmptyLoads) {
   EXPECT_DOUBLE_EQ(none.load, 0);
   EXPECT_DOUBLE_EQ(none.entropy, 0);
   EXPECT_EQ(none.dead_experts, 2);
+  EXPECT_EQ(none.cv, 0);
+}
+
+TEST(LoadSummary, SpreadOfTheExpertsRows) {
+  const LoadSummary even = summarize(load_of({5, 5, 5, 5}, 20, 20));
+  EXPECT_DOUBLE_EQ(even.cv, 0);
+  EXPECT_DOUBLE_EQ(even.p10, 1);
+  EXPECT_DOUBLE_EQ(even.p90, 1);
+  const LoadSummary rising = summarize(load_of({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, 55, 55));
+  EXPECT_DOUBLE_EQ(rising.cv, std::sqrt(10.0) / 5);
+  EXPECT_DOUBLE_EQ(rising.p10, 0.2);
+  EXPECT_DOUBLE_EQ(rising.p50, 1);
+  EXPECT_DOUBLE_EQ(rising.p90, 1.8);
+}
+
+TEST(LoadSummary, OverlapOfTwoBranchesChoices) {
+  const auto overlap = [](const std::vector<int64_t>& joint, int64_t before) {
+    BranchLoad load = load_of({5, 5}, 10, 10);
+    load.joint = at::tensor(joint).view({before, -1});
+    return summarize(load).overlap.value();
+  };
+  EXPECT_NEAR(overlap({2, 4, 3, 6}, 2), 0, 1e-12) << "independent";
+  EXPECT_NEAR(overlap({5, 0, 0, 0, 0, 5}, 2), 1, 1e-12) << "one follows from the other";
+  EXPECT_NEAR(overlap({5, 0, 0, 2, 0, 3}, 3), 1, 1e-12) << "whatever the number of experts";
+  EXPECT_EQ(overlap({5, 5, 0, 0}, 2), 0) << "one never varies";
+  EXPECT_EQ(overlap({0, 0, 0, 0}, 2), 0);
+  EXPECT_FALSE(summarize(load_of({5, 5}, 10, 10)).overlap.has_value());
 }
 
 TEST(MetricsLog, DropsRowsThatAResumedRunWillLogAgain) {

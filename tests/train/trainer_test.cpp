@@ -68,12 +68,40 @@ TEST_F(TrainerTest, LearnsAndWritesTheRunFolder) {
   const auto rows = this->rows("learn");
   EXPECT_EQ(rows.size(), 62u);  // evaluations before and after
   EXPECT_LT(rows.back()["loss/rust"].get<double>(), 0.6 * rows.front()["loss/rust"].get<double>());
-  for (const char* key :
-       {"step", "tokens", "loss", "lm_loss", "aux_loss", "lr", "grad_norm", "tokens_per_second", "tflops",
-        "peak_memory", "load/layers.1.token", "entropy/layers.1.segment", "dead_experts/layers.1.token",
-        "coverage/layers.1.segment"}) {
+  for (const char* key : {"step",
+                          "tokens",
+                          "loss",
+                          "lm_loss",
+                          "aux_loss",
+                          "lr",
+                          "grad_norm",
+                          "tokens_per_second",
+                          "tflops",
+                          "peak_memory",
+                          "load/layers.1.token",
+                          "entropy/layers.1.segment",
+                          "dead_experts/layers.1.token",
+                          "coverage/layers.1.segment",
+                          "load_cv/layers.1.token",
+                          "load_p10/layers.1.token",
+                          "load_p50/layers.1.segment",
+                          "load_p90/layers.1.token",
+                          "gate_weight/layers.1.segment",
+                          "shared_weight/layers.1.token",
+                          "router_entropy/layers.1.token",
+                          "router_entropy/layers.1.segment",
+                          "overlap/layers.1.segment",
+                          "uncovered/layers.1.segment"}) {
     EXPECT_TRUE(rows[1].contains(key)) << key;
   }
+  const double gate = rows[1]["gate_weight/layers.1.token"], shared = rows[1]["shared_weight/layers.1.token"];
+  EXPECT_NEAR(gate + shared, 1, 1e-6) << "one token expert and the shared one in one normalisation";
+  for (size_t i = 1; i < 61; ++i) {
+    EXPECT_EQ(rows[i].contains("router_grad/layers.1.token"), i == 2) << i;
+    EXPECT_EQ(rows[i].contains("warnings"), false) << rows[i].dump();
+  }
+  EXPECT_GT(rows[2]["router_grad/layers.1.segment"].get<double>(), 0);
+  EXPECT_GT(rows[2]["router_aux_grad/layers.1.token"].get<double>(), 0);
   EXPECT_EQ(rows[60]["tokens"], 60 * 4 * 32);
   for (const char* file : {"config.yaml", "metrics.jsonl", "report.html", "latest"}) {
     EXPECT_TRUE(fs::exists(runs / "learn" / file)) << file;
@@ -109,8 +137,8 @@ TEST_F(TrainerTest, ResumedRunEqualsUnbrokenOneBitForBit) {  // law 8
 TEST_F(TrainerTest, MicroBatchesGiveTheGradientsOfTheWholeBatch) {
   TrainConfig config = this->config("whole");
   config.steps = 1;
-  // A balance loss over micro-batches is another loss; a z-loss is not.
-  config.model.moe.branches[0].router.balance_loss = 0;
+  // A balance loss over what was seen so far is another loss; one over documents is not.
+  config.model.moe.branches[0].router.balance_over = "sequence";
   for (BranchConfig& branch : config.model.moe.branches) branch.router.z_loss = 0.1;
   Trainer(config).run();
   config.name = "parts";
@@ -119,6 +147,71 @@ TEST_F(TrainerTest, MicroBatchesGiveTheGradientsOfTheWholeBatch) {
   EXPECT_NEAR(rows("whole")[1]["grad_norm"].get<double>(), rows("parts")[1]["grad_norm"].get<double>(), 1e-5);
   EXPECT_NEAR(rows("whole")[1]["lm_loss"].get<double>(), rows("parts")[1]["lm_loss"].get<double>(), 1e-6);
   EXPECT_NEAR(rows("whole")[1]["aux_loss"].get<double>(), rows("parts")[1]["aux_loss"].get<double>(), 1e-6);
+}
+
+TEST_F(TrainerTest, LookingForDeadRoutersChangesNothingAndNamesThem) {
+  TrainConfig config = this->config("looked");
+  config.diagnose_interval = 3;
+  config.model.moe.branches[1].weight = 0;
+  Trainer(config).run();
+  config.name = "not";
+  config.diagnose_interval = 0;
+  Trainer(config).run();
+  EXPECT_EQ(hash(checkpoint("looked")), hash(checkpoint("not")));
+  const auto looked = rows("looked");
+  for (int step = 1; step <= 12; ++step) {
+    const auto& row = looked[step];
+    ASSERT_EQ(row["step"], step);
+    ASSERT_EQ(row.contains("warnings"), step == 2 || step % 3 == 0) << step;
+    if (!row.contains("warnings")) continue;
+    EXPECT_EQ(row["warnings"],
+              nlohmann::json({"layers.1.segment: the router learns nothing from the language: "
+                              "the branch has weight 0"}));
+    EXPECT_EQ(row["router_grad/layers.1.segment"], 0);
+    EXPECT_GT(row["router_grad/layers.1.token"].get<double>(), 0);
+  }
+}
+
+// As in MoE-LPR's second stage: only the router trains.
+TEST_F(TrainerTest, PriorLossIsOfTheRowsOfItsLanguages) {
+  TrainConfig config = this->config("");
+  config.model.moe.branches.pop_back();
+  config.model.moe.branches[0].router.balance_loss = 0;
+  config.model.moe.branches[0].router.prior_loss = 1;
+  config.model.freeze = {"model.embed_tokens.weight", "*norm.weight",      "*.self_attn.*",
+                         "model.layers.0.mlp.*",      "*.shared_expert.*", "*.experts.*"};
+  const auto aux_losses = [&](const std::string& name, const std::vector<std::string>& languages) {
+    config.name = name;
+    config.prior_languages = languages;
+    Trainer(config).run();
+    const auto rows = this->rows(name);
+    return std::pair(rows[1]["aux_loss"].get<double>(), rows[12]["aux_loss"].get<double>());
+  };
+  const auto ruby = aux_losses("ruby", {"ruby"}), rust = aux_losses("rust", {"rust"});
+  const auto both = aux_losses("both", {"ruby", "rust"});
+  EXPECT_NEAR(ruby.first + rust.first, both.first, 1e-6);
+  EXPECT_GT(std::min(ruby.first, rust.first), 0.2 * both.first);
+  EXPECT_LT(both.second, 0.8 * both.first);
+}
+
+TEST_F(TrainerTest, PriorLanguagesAndPriorLossGoTogether) {
+  const auto refusal = [](const TrainConfig& config) {
+    try {
+      Trainer(config).run();
+    } catch (const ConfigError& error) {
+      return error.key_path() + ": " + error.text();
+    }
+    return std::string("accepted");
+  };
+  TrainConfig config = this->config("prior");
+  config.prior_languages = {"ruby"};
+  EXPECT_EQ(refusal(config), "prior_languages: no router has a prior_loss: expected none");
+  config.model.moe.branches[0].router.prior_loss = 0.1;
+  config.prior_languages = {"rust", "cobol"};
+  EXPECT_EQ(refusal(config),
+            "prior_languages.1: 'cobol' is not among the languages that data is a mixture of");
+  config.prior_languages = {};
+  EXPECT_EQ(refusal(config), "prior_languages: a router has a prior_loss: expected the languages it is for");
 }
 
 TEST_F(TrainerTest, FrozenParametersStayBitIdentical) {  // law 9

@@ -82,10 +82,13 @@ struct MoEConfig {
 /// Where the rows of one forward pass went, on x's device.
 struct BranchLoad {
   std::string name = {};
-  Tensor rows_per_expert = {};                 // [E] int64
-  Tensor covered = {};                         // scalar int64: rows with at least one expert
-  Tensor rows = {};                            // scalar int64: rows that are not padding
-  std::map<std::string, Tensor> metrics = {};  // the router's own (Routing::metrics)
+  Tensor rows_per_expert = {};  // [E] int64
+  Tensor covered = {};          // scalar int64: rows with at least one expert
+  Tensor rows = {};             // scalar int64: rows that are not padding
+  Tensor joint = {};  // [E of the branch before, E] int64: rows by their experts in both; the first has none
+  std::map<std::string, Tensor> metrics = {};  // the router's own (Routing::metrics), gate_weight, the mean
+                                               // coefficient of its experts, and, where the shared expert is
+                                               // inside, shared_weight, the mean of that one's
 };
 
 struct MoEOutput {
@@ -135,7 +138,7 @@ class MoEImpl : public torch::nn::Module {
   Tensor shared_coefficient(const Tensor& x, const std::vector<Routing>& routings) const;
   Tensor run_experts(const Dispatched& dispatched) const;
   std::vector<BranchLoad> load(const std::vector<Routing>& routings, const Dispatched& dispatched,
-                               const Packing& packing) const;
+                               const Packing& packing, const Tensor& shared_weight) const;
 
   MoEConfig config_;
   Dispatcher dispatcher_;

@@ -30,7 +30,11 @@ struct RouterConfig {
   double mixer_eps = 0.01;
   std::string mixer_variant = "v2";
   double balance_loss = 0.01;
+  std::string balance_over = "global_batch";
   double z_loss = 0;
+  double prior_loss = 0;
+  std::optional<int64_t> prior_expert = {};
+  std::string prior_form = "paper";
   int64_t segment_len = 64;
   std::string score = "previous";
   std::string select = "threshold";
@@ -98,7 +102,21 @@ struct RouterConfig {
         field("balance_loss", &C::balance_loss,
               "coefficient of the load-balance loss (topk, sparse_mixer, and segment with select top_k)")
             .at_least(0),
+        field("balance_over", &C::balance_over,
+              "what shall be balanced: the choices of every micro-batch, of every document (sequence), or of "
+              "the step so far, over its micro-batches and ranks (global_batch)")
+            .one_of({"micro_batch", "sequence", "global_batch"}),
         field("z_loss", &C::z_loss, "coefficient of the mean squared log-sum-exp of the logits").at_least(0),
+        field("prior_loss", &C::prior_loss,
+              "coefficient of the loss that keeps rows of prior_languages with one expert (topk)")
+            .at_least(0),
+        field("prior_expert", &C::prior_expert,
+              "index of that expert; by default the shared expert, which must be inside")
+            .at_least(0),
+        field("prior_form", &C::prior_form,
+              "paper: negative log-likelihood of that expert; code: as MoE-LPR's code has it, the softmax "
+              "applied twice")
+            .one_of({"paper", "code"}),
         field("segment_len", &C::segment_len, "rows of a window; the last one of a document may be shorter")
             .at_least(1),
         field("score", &C::score,

@@ -39,6 +39,7 @@ struct Packing {
   Tensor offsets = {};  // [N + 1] int64 on the CPU, from 0 to T; a document may be empty
   Tensor padding = {};  // [T] bool on x's device, true where a row means nothing; undefined: nowhere.
                         // Padding stands at the end of a document.
+  Tensor prior = {};    // [T] bool on x's device, true where prior_loss applies; undefined: nowhere
   DecodeState* state = nullptr;  // set while decoding; then there is no padding
 
   /// `batch` documents of seq_len rows each.

@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "hymoe/moe/losses.h"
 #include "hymoe/moe/router.h"
 
 namespace hymoe {
@@ -72,6 +73,7 @@ class SegmentRouter : public Router {
 
   RouterConfig config_;
   int64_t num_experts_;
+  RouterLosses losses_;
   Tensor weight_;                             // [E, D]
   Tensor start_;                              // [D], undefined with score own or sliding
   Tensor predictor_weight_, predictor_bias_;  // [E, D], [E]; undefined unless select predictor

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "hymoe/moe/losses.h"
 #include "hymoe/moe/router.h"
 
 namespace hymoe {
@@ -11,7 +12,7 @@ namespace hymoe {
 /// what the router sees, in training. Random numbers come from torch's generator. Padding rows get no
 /// expert. Products, scores and losses are fp32.
 ///
-/// Balance loss and z-loss as in TopkRouter, of softmax(W x) over all experts and of the sampled choices. W
+/// Losses as in TopkRouter, of softmax(W x) over all experts and of the sampled choices. W
 /// starts as N(0, 0.02). metrics: unrivalled, the share of choices that no other expert came near: their
 /// weight is 1 and has no gradient.
 class SparseMixerRouter : public Router {
@@ -19,9 +20,11 @@ class SparseMixerRouter : public Router {
   /// Throws ConfigError when a config rule is broken.
   explicit SparseMixerRouter(const RouterArgs& args);
   Routing forward(const Tensor& x, const Packing& packing) override;
+  void end_step(const Group& group) override;
 
  private:
   RouterConfig config_;
+  RouterLosses losses_;
   Tensor weight_;  // [E, D]
 };
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "hymoe/moe/losses.h"
 #include "hymoe/moe/router.h"
 
 namespace hymoe {
@@ -10,9 +11,8 @@ namespace hymoe {
 /// row more, the last, whose score is always in that sum and becomes shared_weight (MultiPL-MoE, arXiv
 /// 2508.19268). Padding rows get no expert. Products, scores and losses are fp32.
 ///
-/// Balance loss (Switch, arXiv 2101.03961, eq. 4): E·Σ_e f_e·P_e with f_e the share of choices and P_e the
-/// mean share of scores, over the E routed experts and the rows that are not padding. z-loss (ST-MoE, arXiv
-/// 2202.08906, eq. 5): mean logsumexp(logits)². W starts as N(0, 0.02).
+/// Losses (RouterLosses): balance loss over the E routed experts, z-loss, and, for rows that packing.prior
+/// marks, the language-prior loss; padding counts in none. W starts as N(0, 0.02).
 ///
 /// With bias_update u given (balancing without a loss, arXiv 2408.15664), rows choose by score + bias, and
 /// weights stay as they are. n_e counts the choices of expert e, before any is dropped, in training forwards
@@ -41,14 +41,14 @@ class TopkRouter : public Router {
   bool batch_independent() const override;
 
  private:
-  void count(const Tensor& expert_ids);
   void drop(Routing& routing, const Tensor& real) const;
 
   RouterConfig config_;
   int64_t num_experts_;
+  RouterLosses losses_;
   Tensor weight_;  // [E (+ 1), D]
   Tensor bias_;    // [E], undefined unless bias_update is given, as is the next one
-  Tensor counts_;  // [E + 1] int64 choices since the last end_step; the last are none
+  Tensor counts_;  // [1, E] int64 choices since the last end_step
 };
 
 }  // namespace hymoe

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,10 @@ struct LoadSummary {
   double entropy = 0;        // of the experts' shares, divided by ln E: 1 is even, 0 is one expert
   int64_t dead_experts = 0;  // without a row
   double coverage = 0;       // share of rows with at least one expert
+  double cv = 0;             // coefficient of variation of the experts' rows: standard deviation / mean
+  double p10 = 0, p50 = 0, p90 = 0;  // percentiles of the experts' rows, / mean
+  std::optional<double> overlap;  // with the branch before: mutual information of both branches' choices for
+                                  // a row, divided by the smaller entropy: 1 when one follows from the other
 };
 LoadSummary summarize(const BranchLoad& load);
 

@@ -57,6 +57,8 @@ struct TrainConfig {
   EvalConfig eval = {};
   CheckpointConfig checkpoint = {};
   int64_t log_interval = 1;
+  int64_t diagnose_interval = 100;
+  std::vector<std::string> prior_languages = {};
   int64_t seed = 0;
   std::string device = "auto";
   std::string dtype = "float32";
@@ -79,6 +81,12 @@ struct TrainConfig {
         field("eval", &C::eval, "held-out loss a language"),
         field("checkpoint", &C::checkpoint, "when to save"),
         field("log_interval", &C::log_interval, "steps between rows of metrics.jsonl").at_least(1),
+        field("diagnose_interval", &C::diagnose_interval,
+              "steps between looks for dead routers, at the gradients of both losses apart; the first is at "
+              "step 2; 0: never")
+            .at_least(0),
+        field("prior_languages", &C::prior_languages,
+              "languages that the model knew before: those of the routers' prior_loss"),
         field("seed", &C::seed, "of fresh weights and of the order of the data").at_least(0),
         field("device", &C::device, "auto takes a GPU when there is one").one_of({"auto", "cpu", "cuda"}),
         field("dtype", &C::dtype, "of weights and activations; masters, moments, losses and routing are fp32")
