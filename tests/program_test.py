@@ -153,22 +153,27 @@ class Program(unittest.TestCase):
             self.assertEqual(self.ok("config", "--markdown"), f.read(), "run: hymoe config --markdown > docs/configuration.md")
 
     def test_every_config_file_loads_round_trips_and_trains(self):  # law 10
-        files = sorted(os.listdir(CONFIGS))
+        files = sorted(os.listdir(CONFIGS), key=lambda name: (not name.endswith("-upcycle.yaml"), name))
         self.assertGreater(len(files), 3)
-        small = ["init=" + self.dense, "data.path=tokens", "data.weights={rust: 1, ruby: 1}", "data.seq_len=32", "runs=runs",
-                 "steps=2", "eval.tokens=64"]
+        small = ["data.path=tokens", "data.weights={rust: 1, ruby: 1}", "data.seq_len=32", "data.batch_size=4", "micro_batch=2",
+                 "runs=runs", "steps=2", "eval.tokens=64"]
+        lpr = ["model.freeze=['*.experts.*']", "model.moe.branches.0.hidden=24"]
+        special = {"moe-lpr-stage1.yaml": ["init=law10-moe-lpr-upcycle.yaml"],
+                   "moe-lpr-stage2.yaml": ["init=runs/law10-moe-lpr-stage1.yaml/step-00000002", "prior_languages=[ruby]", *lpr]}
         for name in files:
             path = os.path.join(CONFIGS, name)
             kind = next((k for k in ("data", "upcycle", "eval") if name.endswith(f"-{k}.yaml")), "train").replace("data", "prepare")
-            extra = ["init=" + self.dense, "data.seq_len=32"] if kind == "train" else []
-            resolved = self.ok("config", kind, path, *extra)
+            fitting = special.get(name, ["init=" + self.dense])
+            resolved = self.ok("config", kind, path, *([fitting[0], "data.seq_len=32"] if kind == "train" else []))
             self.assertEqual(resolved, self.ok("config", kind, write("resolved.yaml", resolved)), name)
             if kind == "train":
-                self.ok("train", path, *small, "name=law10-" + name)
+                self.ok("train", path, *small, *fitting, "name=law10-" + name)
             if kind == "upcycle":
-                hidden = [f"moe.branches.{i}.hidden=24" for i in range(2)] + ["moe.shared.hidden=24"]
-                self.ok("upcycle", self.dense, "law10", path, "sample=tokens", "sample_seq_len=32", "every=1", "offset=0", *hidden)
-                self.ok("train", "dense.yaml", "init=law10", "name=law10-" + name, "steps=2", "model.moe_layers=[0, 1]")
+                branches = len(re.findall("- name:", open(path, encoding="utf-8").read()))
+                hidden = [f"moe.branches.{i}.hidden=24" for i in range(branches)] + ["moe.shared.hidden=24"]
+                self.ok("upcycle", self.dense, "law10-" + name, path, "sample=tokens", "sample_seq_len=32", "every=1", "offset=0",
+                        "freeze=['*.shared_expert.*']", *hidden)
+                self.ok("train", "dense.yaml", "init=law10-" + name, "name=law10-" + name, "steps=2", "model.moe_layers=[0, 1]")
 
     def test_wrong_input_is_one_line_that_names_it(self):
         typo = write("typo.yaml", "data: {path: tokens}\nschedule:\n  lr: 1\n  warmup_step: 3\n")

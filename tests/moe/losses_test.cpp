@@ -157,7 +157,8 @@ TEST(PriorLoss, OfThePaperAndOfTheCode) {
   const auto nats = [](const Tensor& share, int64_t row) { return -std::log(share[row][3].item<double>()); };
   EXPECT_NEAR(prior_loss(logits, 3, prior, false, rows).item<double>(), (nats(p, 0) + nats(p, 2)) / 4, 1e-12);
   EXPECT_NEAR(prior_loss(logits, 3, prior, true, rows).item<double>(), (nats(q, 0) + nats(q, 2)) / 2, 1e-12);
-  const Tensor certain = at::full({2, 6}, -50.0, at::kDouble).index_fill_(1, at::tensor({2}, at::kLong), 50.0),
+  const Tensor certain =
+                   at::full({2, 6}, -50.0, at::kDouble).index_fill_(1, at::tensor({2}, at::kLong), 50.0),
                all = at::ones({2}, at::kBool);
   EXPECT_NEAR(prior_loss(certain, 2, all, false).item<double>(), 0, 1e-12);
   EXPECT_NEAR(prior_loss(certain, 2, all, true).item<double>(), std::log(1 + 5 / std::exp(1.0)), 1e-12);
