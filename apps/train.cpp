@@ -1,5 +1,6 @@
 #include <csignal>
 #include <iostream>
+#include <set>
 
 #include <CLI/CLI.hpp>
 
@@ -60,12 +61,14 @@ void add_train(CLI::App& program) {
     Progress progress(!*quiet && !*json);
     std::signal(SIGINT, stop);
     std::signal(SIGTERM, stop);
+    std::set<std::string> warned;
     const auto on_row = [&](const nlohmann::ordered_json& row) {
       if (*json) {
         std::cout << row.dump() << std::endl;
       } else if (row.contains("lm_loss")) {
         progress.show(step_text(row, config));
         for (const std::string& warning : row.value("warnings", std::vector<std::string>())) {
+          if (*quiet || !warned.insert(warning).second) continue;
           progress.clear();
           std::cerr << "hymoe: warning: step " << row["step"] << ": " << warning << std::endl;
         }

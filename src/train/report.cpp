@@ -77,6 +77,10 @@ if (languages.length) {
     for (const r of [a, b]) element('td', row, 'bits_per_byte/' + language in r ? r['bits_per_byte/' + language].toFixed(4) : '');
   }
 }
+const warnings = new Map();
+for (const row of steps) for (const warning of row.warnings ?? []) warnings.has(warning) || warnings.set(warning, row.step);
+if (warnings.size) element('h2', body, 'Warnings');
+for (const [warning, step] of warnings) element('p', body, `since step ${step}: ${warning}`, 'worse');
 element('h2', body, 'Curves');
 const charts = element('div', body, undefined, 'charts');
 chart(charts, 'training loss (nats/token)', [pick(steps, 'lm_loss')]);
@@ -85,7 +89,9 @@ chart(charts, 'auxiliary loss', [pick(steps, 'aux_loss')]);
 chart(charts, 'gradient norm', [pick(steps, 'grad_norm')]);
 chart(charts, 'learning rate', [pick(steps, 'lr')]);
 chart(charts, 'throughput (tokens/s)', [pick(steps, 'tokens_per_second')]);
-for (const [prefix, title] of [['load/', 'load (largest / mean)'], ['entropy/', 'load entropy (1 = even)'], ['dead_experts/', 'experts without a row'], ['coverage/', 'share of rows with an expert']])
+for (const [prefix, title] of [['load/', 'load (largest / mean)'], ['entropy/', 'load entropy (1 = even)'], ['dead_experts/', 'experts without a row'], ['coverage/', 'share of rows with an expert'],
+  ['gate_weight/', 'mean coefficient of an expert'], ['shared_weight/', 'mean coefficient of the shared expert'], ['router_entropy/', 'router entropy (1 = undecided)'],
+  ['overlap/', 'overlap of the branches (0 = independent)'], ['dropped/', 'share of choices dropped'], ['router_grad/', 'gradient of the language-model loss at the routers']])
   chart(charts, title, keys(steps, prefix).map(k => ({...pick(steps, k), name: k.slice(prefix.length)})));
 
 const heat = [...evals].reverse().find(r => Object.keys(r).some(k => k.startsWith('rows_per_expert/')));
