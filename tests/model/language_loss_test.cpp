@@ -61,6 +61,7 @@ TEST_F(LanguageLossTest, IsTheMeanOverTheTokensOfDocumentsReadAlone) {
     bytes += length - 2;  // a token a byte, the end of text none
   }
   model_->train();
+  Tensor joint;
   for (const int64_t batch_size : {1, 3}) {
     const LanguageLoss result = *language_loss(model_, batches(batch_size), token_bytes());
     EXPECT_EQ(result.language, "rust");
@@ -70,6 +71,10 @@ TEST_F(LanguageLossTest, IsTheMeanOverTheTokensOfDocumentsReadAlone) {
     EXPECT_NEAR(result.bits_per_byte, nats / std::log(2.0) / static_cast<double>(bytes), 1e-5);
     ASSERT_EQ(result.loads.size(), 2u);
     EXPECT_EQ(result.loads[0].load.rows.item<int64_t>(), file.num_tokens());
+    const Tensor pairs = result.loads[1].load.joint;
+    EXPECT_TRUE(!joint.defined() || joint.equal(pairs)) << "of all batches together";
+    joint = pairs;
+    EXPECT_GT(joint.sum().item<int64_t>(), 0);
     EXPECT_TRUE(model_->is_training()) << "the mode is put back";
   }
 }
