@@ -37,6 +37,9 @@ TEST(MoE, LoadCountsRowsCoefficientsAndPairsOfExperts) {
   EXPECT_NEAR(out.load[0].metrics.at("gate_weight").item<double>(), gate, 1e-12);
   EXPECT_NEAR(out.load[0].metrics.at("shared_weight").item<double>(), shared, 1e-12);
   EXPECT_FALSE(out.load[1].metrics.contains("shared_weight"));
+
+  config.branches[0].router = config.branches[1].router;  // the last window of both has rows that are padding
+  EXPECT_EQ(make_moe(config)(x, packing).load[1].joint.sum().item<int64_t>(), 19 * 2 * 2);
 }
 
 }  // namespace
