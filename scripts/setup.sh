@@ -88,6 +88,7 @@ packages=(
   "python3:set-up and downloads" "python3-venv:environment that holds LibTorch" "ca-certificates:downloads"
   "nlohmann-json3-dev:JSON" "libyaml-cpp-dev:configs" "libspdlog-dev:logging" "libcli11-dev:command line"
   "libpcre2-dev:tokenizer" "libutf8proc-dev:tokenizer" "zlib1g-dev:compressed corpora" "libssl-dev:checksums"
+  "libgloo-dev:training in several processes"
 )
 if [[ $tests == ON ]]; then packages+=("libgtest-dev:tests"); fi
 

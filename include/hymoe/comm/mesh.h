@@ -1,14 +1,39 @@
 #pragma once
 
+#include <cstdint>
+
 #include "hymoe/comm/group.h"
+#include "hymoe/config/fields.h"
 
 namespace hymoe {
 
-/// How the ranks share the work, one group a kind of parallelism.
+/// How many ranks share the work in which way: dp·ep·tp of them in all.
+struct MeshConfig {
+  int64_t dp = 0;
+  int64_t ep = 1;
+  int64_t tp = 1;
+
+  static auto fields() {
+    return hymoe::fields(
+        field("dp", &MeshConfig::dp, "replicas of everything; 0: what the number of processes leaves")
+            .at_least(0),
+        field("ep", &MeshConfig::ep,
+              "ranks that share the experts of every MoE layer, each with its own documents")
+            .at_least(1),
+        field("tp", &MeshConfig::tp, "ranks that share every matrix, and see the same documents")
+            .at_least(1));
+  }
+  void check() const {}
+};
+
+/// This rank's place among all ranks: rank = (dp·|ep| + ep)·|tp| + tp, so that tp ranks are neighbours.
 struct Mesh {
-  Group dp;  // data: each rank has its own documents
-  Group ep;  // experts: each rank has some experts of every branch
-  Group tp;  // tensors: each rank has a slice of every matrix
+  Group dp = {};       // the ranks that hold the same weights
+  Group ep = {};       // those that hold one replica's experts together
+  Group tp = {};       // those that hold one slice each of every matrix
+  Group data = {};     // dp and ep together: each rank has its own documents
+  Group world = {};    // all
+  Group control = {};  // all, on the CPU, for a thread of its own: writing of checkpoints
 };
 
 }  // namespace hymoe

@@ -12,6 +12,7 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
+#include "hymoe/comm/mesh.h"
 #include "hymoe/moe/registry.h"
 
 namespace hymoe {
@@ -28,9 +29,10 @@ class Experts : public torch::nn::Module {
 
 struct ExpertsArgs {
   int64_t dim;
-  int64_t hidden;
-  int64_t num_experts;
+  int64_t hidden;       // inner width; of this rank's slice where mesh.tp has several
+  int64_t num_experts;  // of this rank: the pool's, divided by the ranks of mesh.ep
   std::map<std::string, std::string> options = {};
+  Mesh mesh = {};
 };
 
 /// The pools by name: "swiglu" and those that were added.

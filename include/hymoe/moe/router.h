@@ -8,7 +8,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/nn/module.h>
 
-#include "hymoe/comm/group.h"
+#include "hymoe/comm/mesh.h"
 #include "hymoe/config/fields.h"
 #include "hymoe/moe/registry.h"
 #include "hymoe/moe/routing.h"
@@ -190,6 +190,7 @@ struct RouterArgs {
   int64_t dim;
   int64_t num_experts;
   RouterConfig config = {};
+  Mesh mesh = {};  // ranks of mesh.data have other rows of the same step, those of mesh.tp the same rows
 };
 
 /// The routers by `kind`: those built in and those that were added.

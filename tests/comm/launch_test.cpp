@@ -1,0 +1,98 @@
+#include "hymoe/comm/launch.h"
+
+#include <map>
+#include <string>
+
+#include <gtest/gtest.h>
+
+#include "hymoe/config/error.h"
+
+namespace hymoe {
+namespace {
+
+Process process_of(const std::map<std::string, std::string>& environment) {
+  return read_process([&](const char* name) -> const char* {
+    const auto found = environment.find(name);
+    return found == environment.end() ? nullptr : found->second.c_str();
+  });
+}
+
+TEST(ReadProcess, AloneWithoutALauncher) {
+  const Process process = process_of({});
+  EXPECT_EQ(process.rank, 0);
+  EXPECT_EQ(process.world_size, 1);
+}
+
+TEST(ReadProcess, Torchrun) {
+  const Process process = process_of({{"RANK", "5"},
+                                      {"WORLD_SIZE", "8"},
+                                      {"LOCAL_RANK", "1"},
+                                      {"MASTER_ADDR", "node0"},
+                                      {"MASTER_PORT", "1234"},
+                                      {"TORCHELASTIC_RESTART_COUNT", "2"},
+                                      {"TORCHELASTIC_USE_AGENT_STORE", "True"},
+                                      {"SLURM_PROCID", "0"}});
+  EXPECT_EQ(process.rank, 5);
+  EXPECT_EQ(process.world_size, 8);
+  EXPECT_EQ(process.local_rank, 1);
+  EXPECT_EQ(process.address, "node0");
+  EXPECT_EQ(process.port, 1234);
+  EXPECT_EQ(process.attempt, "2");
+  EXPECT_TRUE(process.store_is_there);
+}
+
+TEST(ReadProcess, Slurm) {
+  std::map<std::string, std::string> environment{
+      {"SLURM_PROCID", "3"},      {"SLURM_STEP_NUM_TASKS", "4"},
+      {"SLURM_LOCALID", "1"},     {"SLURM_STEP_NODELIST", "gpu[07-09,12]"},
+      {"SLURM_JOB_ID", "123456"}, {"SLURM_STEP_ID", "0"}};
+  const Process process = process_of(environment);
+  EXPECT_EQ(process.rank, 3);
+  EXPECT_EQ(process.world_size, 4);
+  EXPECT_EQ(process.local_rank, 1);
+  EXPECT_EQ(process.address, "gpu07");
+  EXPECT_EQ(process.port, 20000 + 123456 % 20000);
+  EXPECT_FALSE(process.store_is_there);
+  for (const auto& [list, first] : {std::pair("a1,a2", "a1"), {"solo", "solo"}, {"x[3,5]", "x3"}}) {
+    environment["SLURM_STEP_NODELIST"] = list;
+    EXPECT_EQ(process_of(environment).address, first);
+  }
+  environment["MASTER_ADDR"] = "other";
+  environment["MASTER_PORT"] = "77";
+  EXPECT_EQ(process_of(environment).address, "other");
+  EXPECT_EQ(process_of(environment).port, 77);
+}
+
+TEST(ReadProcess, OpenMpi) {
+  std::map<std::string, std::string> environment{{"OMPI_COMM_WORLD_RANK", "1"},
+                                                 {"OMPI_COMM_WORLD_SIZE", "2"},
+                                                 {"OMPI_COMM_WORLD_LOCAL_RANK", "1"},
+                                                 {"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}};
+  EXPECT_EQ(process_of(environment).rank, 1);
+  EXPECT_EQ(process_of(environment).address, "127.0.0.1");
+  environment["OMPI_COMM_WORLD_LOCAL_SIZE"] = "1";  // on two machines, of which we know no address
+  EXPECT_THROW(process_of(environment), ConfigError);
+}
+
+TEST(ReadProcess, SaysWhichVariableIsMissingOrWrong) {
+  const std::map<std::string, std::string> good{
+      {"RANK", "0"}, {"WORLD_SIZE", "2"}, {"MASTER_ADDR", "localhost"}, {"MASTER_PORT", "1"}};
+  for (const auto& [name, value] :
+       {std::pair("RANK", ""), {"RANK", "x"}, {"WORLD_SIZE", "2x"}, {"MASTER_ADDR", ""}}) {
+    auto environment = good;
+    environment[name] = value;
+    if (environment[name].empty()) environment.erase(name);
+    try {
+      process_of(environment);
+      FAIL() << name;
+    } catch (const ConfigError& error) {
+      EXPECT_EQ(error.key_path(), name);
+    }
+  }
+  auto beyond = good;
+  beyond["RANK"] = "2";
+  EXPECT_THROW(process_of(beyond), ConfigError);
+}
+
+}  // namespace
+}  // namespace hymoe
