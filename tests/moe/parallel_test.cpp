@@ -78,9 +78,8 @@ class Stacked : public Experts {
 
 [[maybe_unused]] const bool kRegistered = [] {
   at::set_num_threads(1);
-  routers().add("seeded", [](const RouterArgs& args) { return std::make_shared<Seeded>(args); });
-  routers().add("sparse_documents",
-                [](const RouterArgs& args) { return std::make_shared<ByDocument>(args); });
+  routers().add("test_seeded", [](const RouterArgs& args) { return std::make_shared<Seeded>(args); });
+  routers().add("test_documents", [](const RouterArgs& args) { return std::make_shared<ByDocument>(args); });
   experts().add("stacked", [](const ExpertsArgs& args) { return std::make_shared<Stacked>(args); });
   experts().add("listed", [](const ExpertsArgs& args) {
     return expert_list(args.num_experts, [&] { return torch::nn::Linear(args.dim, args.dim); });
@@ -404,7 +403,7 @@ std::vector<Case> router_cases() {
       }));
   add("softmax_topk", with(topk(), [](RouterConfig& r) { r.scoring = "softmax_topk"; }));
   add("sparse mixer", with(topk(), [](RouterConfig& r) {
-        r.kind = "seeded";
+        r.kind = "test_seeded";
         r.normalize = false;
         r.mixer_eps = 0.4;
       }));
@@ -427,7 +426,7 @@ std::vector<Case> router_cases() {
       true);
   add("expert_choice", {.kind = "expert_choice", .capacity = 2});
   add("threshold", {.kind = "threshold", .capacity = 2});
-  add("custom", {.kind = "sparse_documents"});
+  add("custom", {.kind = "test_documents"});
   return cases;
 }
 
@@ -469,8 +468,178 @@ TEST(Parallel, EveryRouterGivesWhatItGivesInOneProcess) {
 TEST(Parallel, CustomExpertsGiveWhatTheyGiveInOneProcess) {
   expect_same({2, 2, 1}, {{"listed", only(topk(), "listed")},
                           {"stacked", only(topk(), "stacked")},
-                          {"listed, most without rows", only({.kind = "sparse_documents"}, "listed")},
+                          {"listed, most without rows", only({.kind = "test_documents"}, "listed")},
                           {.name = "recomputed", .config = only(topk(), "listed"), .recompute = true}});
+}
+
+// Sums in other orders, and in bf16 each rank's part of y is rounded before the parts add up.
+TEST(Parallel, NarrowTypesAgreeWithinTheirRounding) {
+  RouterConfig inside = topk();
+  inside.shared = "inside";
+  std::vector<Case> cases;
+  for (const auto& [type, tolerance] : {std::pair(at::kFloat, 2e-6), {at::kBFloat16, 4e-2}}) {
+    cases.push_back(
+        {.name = toString(type), .config = layer(inside), .dtype = type, .tolerance = tolerance, .steps = 1});
+  }
+  expect_same({2, 2, 2}, cases);
+}
+
+TEST(Parallel, RecomputingGivesTheSameBitsAndRoutesOnce) {
+  MoE moe = make_moe(only({.kind = "test_documents"}));
+  const Rows rows = rows_of_ranks(1, 8, at::kDouble)[0];
+  const auto& router = dynamic_cast<ByDocument&>(*moe->router(0));
+  std::vector<Pass> passes;
+  std::vector<Named> gradients;
+  for (const bool recompute : {false, true}) {
+    const int64_t before = router.forwards;
+    passes.push_back(run(moe, rows, 1, recompute));
+    EXPECT_EQ(router.forwards, before + 1);
+    gradients.push_back(gradients_of(moe));
+    moe->zero_grad();
+  }
+  EXPECT_TRUE(at::equal(passes[0].y, passes[1].y));
+  EXPECT_TRUE(at::equal(passes[0].dx, passes[1].dx));
+  for (const auto& [name, gradient] : gradients[0])
+    EXPECT_TRUE(at::equal(gradient, gradients[1][name])) << name;
+}
+
+// law: 2, over ranks
+TEST(Parallel, CombineOfDispatchIsTheInput) {
+  run_ranks({1, 3, 1}, [](const Mesh& mesh) {
+    const int64_t rank = mesh.ep.rank(), rows = 4 * rank;  // rank 0 has none
+    const Dispatcher dispatcher({3, 6}, mesh.ep);
+    const Tensor x = (at::arange(rows, at::kDouble) + 100.0 * static_cast<double>(rank)).unsqueeze(1);
+    const Tensor chosen = at::arange(rows, at::kLong).unsqueeze(1);
+    const Routing none{.expert_ids = at::full_like(chosen, -1), .weights = at::zeros({rows, 1})};
+    // Of the second branch's experts, rank 1's rows choose 0 to 3 and rank 2's 0 to 5, 0, 1.
+    const Dispatched d =
+        dispatcher.dispatch(x, {none, {.expert_ids = chosen % 6, .weights = at::ones({rows, 1})}});
+    EXPECT_TRUE(at::equal(dispatcher.combine(d.rows, d), x));
+    const std::vector<Tensor> counts = {at::tensor({0, 3, 3}), at::tensor({0, 2, 2}), at::tensor({0, 1, 1})};
+    EXPECT_TRUE(at::equal(d.rows_per_expert, counts[rank])) << d.rows_per_expert;
+    if (rank == 0) {
+      EXPECT_TRUE(at::equal(d.rows.flatten(), at::tensor({100, 200, 206, 101, 201, 207}).to(at::kDouble)))
+          << d.rows;
+    }
+    const std::vector<Tensor> loads = {at::zeros({9}, at::kLong), at::tensor({0, 0, 0, 1, 1, 1, 1, 0, 0}),
+                                       at::tensor({0, 0, 0, 2, 2, 1, 1, 1, 1})};
+    EXPECT_TRUE(at::equal(d.load, loads[rank])) << d.load;
+  });
+}
+
+TEST(Parallel, RowsOfAllBranchesTravelAtOnce) {
+  run_ranks({1, 2, 1}, [](const Mesh& mesh) {
+    MoE moe(layer(topk()), mesh);
+    const auto calls = [&] { return mesh.ep.traffic()["all_to_all"].calls; };
+    const Tensor x = at::ones({16, 8}).set_requires_grad(true);
+    const Tensor y = moe->forward(x, documents({16})).y;
+    EXPECT_EQ(calls(), 3) << "counts, rows, and rows back";
+    y.sum().backward();
+    EXPECT_EQ(calls(), 5) << "rows back, and rows";
+  });
+}
+
+// Names of the graph's nodes of interest in the order in which the backward pass ran them on this thread.
+thread_local std::vector<std::string> nodes;
+
+std::unique_ptr<at::ObserverContext> note_node(const at::RecordFunction& function) {
+  const std::string name = function.name();
+  for (const char* part : {"StartExchange", "FinishExchange", "SwigluExperts", "SwigluMlp"}) {
+    if (name.find(part) != std::string::npos) nodes.emplace_back(part);
+  }
+  return nullptr;
+}
+
+// Finish starts the way back of gradients, which Start waits for. The graph runs backward in exactly the
+// order in which it was made, so this is the order of the forward pass too.
+TEST(Parallel, TheSharedExpertRunsWhileRowsAreUnderWay) {
+  for (const bool recompute : {false, true}) {
+    run_ranks({1, 2, 1}, [&](const Mesh& mesh) {
+      MoE moe(only(topk()), mesh);
+      const Tensor x = at::ones({16, 8}).set_requires_grad(true);
+      const Tensor y = moe->forward(x, documents({16}), recompute).y;
+      nodes.clear();
+      const auto handle = at::addThreadLocalCallback(
+          at::RecordFunctionCallback(note_node).scopes({at::RecordScope::BACKWARD_FUNCTION}));
+      y.sum().backward();
+      at::removeCallback(handle);
+      EXPECT_EQ(nodes, (std::vector<std::string>{"FinishExchange", "StartExchange", "SwigluExperts",
+                                                 "FinishExchange", "SwigluMlp", "StartExchange"}));
+    });
+  }
+}
+
+TEST(Parallel, EvaluationAndDecodingOfWholeLayersNeedNoOtherRank) {
+  run_ranks(
+      {.dp = 2},
+      [](const Mesh& mesh) {
+        if (mesh.dp.rank() == 1) return;
+        MoE moe(layer(topk("global_batch")), mesh);
+        moe->eval();
+        const Tensor x = at::ones({16, 8});
+        moe->forward(x, documents({16}));
+        DecodeState state(1);
+        Packing packing = documents({16});
+        packing.state = &state;
+        moe->forward(x, packing);
+      },
+      std::chrono::seconds(5));
+}
+
+TEST(Parallel, FreshWeightsDoNotDependOnTheMesh) {
+  const auto fresh = [](const MoEConfig& config, const Mesh& mesh) {
+    const std::lock_guard lock(turn);
+    torch::manual_seed(3);
+    Named weights;
+    MoE moe(config, mesh);
+    for (auto& item : moe->named_parameters()) weights[item.key()] = item.value().detach();
+    weights["what the generator gives next"] = at::rand({4});
+    return weights;
+  };
+  for (const MeshConfig& mesh_config : {MeshConfig{1, 4, 1}, {1, 2, 1}, {1, 1, 4}, {1, 2, 2}}) {
+    std::vector<MoEConfig> configs = {layers()[1].config};
+    if (mesh_config.tp == 1) configs.insert(configs.end(), {only(topk(), "listed"), only(topk(), "stacked")});
+    for (const MoEConfig& config : configs) {
+      const Named whole = fresh(config, {});
+      run_ranks(mesh_config, [&](const Mesh& mesh) {
+        for (const auto& [name, weight] : fresh(config, mesh))
+          EXPECT_TRUE(at::equal(weight, part_of(whole, name, config, mesh))) << name;
+      });
+    }
+  }
+}
+
+TEST(Parallel, WhatCannotBeDividedIsRefused) {
+  struct OfAll : Experts {
+    OfAll() { register_parameter("scale", at::ones({3})); }
+    Tensor forward(const Tensor& rows, const Tensor&) override { return rows; }
+  };
+  experts().add("of_all", [](const ExpertsArgs&) { return std::make_shared<OfAll>(); });
+  const auto error_of = [](const MoEConfig& config, const MeshConfig& mesh_config) -> std::string {
+    try {
+      run_ranks(mesh_config, [&](const Mesh& mesh) { MoE moe(config, mesh); });
+    } catch (const ConfigError& error) {
+      return error.key_path() + ": " + error.what();
+    } catch (const c10::Error& error) {
+      return error.what_without_backtrace();
+    }
+    return "no error";
+  };
+  MoEConfig experts = layer(topk()), hidden = experts, shared = experts;
+  experts.branches[1].num_experts = 6;
+  hidden.branches[0].hidden = 10;
+  shared.shared.hidden = 6;
+  for (const auto& [config, mesh, words] :
+       {std::tuple(experts, MeshConfig{1, 4, 1},
+                   "branches.1.num_experts: expected a multiple of parallel.ep, 4, got 6"),
+        {hidden, {1, 1, 4}, "branches.0.hidden: expected a multiple of parallel.tp, 4, got 10"},
+        {shared, {1, 1, 4}, "shared.hidden: expected a multiple of parallel.tp, 4, got 6"},
+        {only(topk(), "listed"), {1, 1, 2}, "expected swiglu, or parallel.tp 1, got listed"},
+        {only(topk(), "of_all"),
+         {1, 2, 1},
+         "the experts in dimension 0, or a name that begins with the number of its expert, got scale [3]"}}) {
+    EXPECT_NE(error_of(config, mesh).find(words), std::string::npos) << error_of(config, mesh);
+  }
 }
 
 }  // namespace
