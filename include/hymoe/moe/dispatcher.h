@@ -20,7 +20,7 @@ struct Dispatched {
   Tensor load = {};             // [E of all ranks] int64, as above: where this rank's own rows go
   Tensor weights = {};  // [T, K] fp32, of each row's slots (K of all branches), 0 where a slot is empty
   ops::Permutation permutation = {};  // of this rank's own rows
-  // Where there are several ranks: rows that each is sent and sends, and the order of those received.
+  // Where there are several ranks: rows to each and from each, and how those from all are sorted.
   std::vector<int64_t> send = {}, receive = {};
   ops::Permutation arrival = {};
   std::optional<RowExchange> exchange = {};
@@ -32,7 +32,7 @@ struct Dispatched {
 class Dispatcher {
  public:
   /// num_experts of each branch; expert e of branch b has the number num_experts[0] + … + num_experts[b - 1]
-  /// + e. Rank r of ep has the r-th equal part of every branch's. Throws c10::Error when there is none.
+  /// + e. Rank r of ep has the r-th equal part of every branch's; c10::Error when it cannot.
   explicit Dispatcher(std::vector<int64_t> num_experts, Group ep = {});
 
   /// x [T, D] and one routing a branch. Rows with padding [T] bool set (undefined: none) go to no expert.

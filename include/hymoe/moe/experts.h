@@ -28,6 +28,8 @@ class Experts : public torch::nn::Module {
   virtual Tensor forward(const Tensor& rows, const Tensor& rows_per_expert) = 0;
 };
 
+/// Where mesh.ep has several ranks, a pool of a user's is made twice: whole, without a mesh, for its fresh
+/// weights, and then this rank's part, which takes its own out of them.
 struct ExpertsArgs {
   int64_t dim;
   int64_t hidden;       // inner width; of this rank's slice where mesh.tp has several
