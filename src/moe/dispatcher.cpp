@@ -32,14 +32,24 @@ Tensor expand_units(const Tensor& per_unit, const Tensor& offsets, int64_t rows)
 }
 
 Dispatcher::Dispatcher(std::vector<int64_t> num_experts, Group ep)
-    : num_experts_(std::move(num_experts)), ep_(ep) {
-  TORCH_CHECK(ep_.size() == 1,
-              "Dispatcher: expert parallelism is not built yet: wanted a group of 1, got one of ",
-              ep_.size());
+    : num_experts_(std::move(num_experts)), ep_(std::move(ep)) {
+  for (const int64_t experts : num_experts_) {
+    TORCH_CHECK(experts % ep_.size() == 0, "Dispatcher: num_experts must be a multiple of the group's ",
+                ep_.size(), " ranks, got ", experts);
+    num_local_ += experts / ep_.size();
+  }
 }
 
 Dispatched Dispatcher::dispatch(const Tensor& x, const std::vector<Routing>& routings,
                                 const Tensor& padding) const {
+  Dispatched d = plan(x, routings, padding);
+  send(x, d);
+  receive(d);
+  return d;
+}
+
+Dispatched Dispatcher::plan(const Tensor& x, const std::vector<Routing>& routings,
+                            const Tensor& padding) const {
   TORCH_CHECK(x.dim() == 2, "Dispatcher: x must be [T, D], got ", x.sizes());
   TORCH_CHECK(routings.size() == num_experts_.size() && !routings.empty(), "Dispatcher: wanted ",
               num_experts_.size(), " routings, got ", routings.size());
@@ -48,11 +58,15 @@ Dispatched Dispatcher::dispatch(const Tensor& x, const std::vector<Routing>& rou
   for (size_t b = 0; b < routings.size(); ++b) {
     const Routing& routing = routings[b];
     check_routing(routing, x, b);
-    Tensor global = routing.expert_ids;
-    if (before > 0) global = at::where(global < 0, global, global + before);
-    ids.push_back(expand_units(global, routing.offsets, x.size(0)));
+    const Tensor& chosen = routing.expert_ids;
+    const int64_t local = num_experts_[b] / ep_.size();
+    // Numbers go by rank, then branch, so that what goes to a rank lies together.
+    Tensor number = chosen;
+    if (ep_.size() > 1) number = number + chosen.div(local, "floor") * (num_local_ - local);
+    if (before > 0 || ep_.size() > 1) number = at::where(chosen < 0, chosen, number + before);
+    ids.push_back(expand_units(number, routing.offsets, x.size(0)));
     weights.push_back(expand_units(routing.weights, routing.offsets, x.size(0)));
-    before += num_experts_[b];
+    before += local;
   }
   Dispatched d;
   Tensor all_ids = ids.size() == 1 ? ids[0] : at::cat(ids, 1);
@@ -61,15 +75,57 @@ Dispatched Dispatcher::dispatch(const Tensor& x, const std::vector<Routing>& rou
     all_ids = all_ids.masked_fill(padding.unsqueeze(1), -1);
     d.weights = d.weights * padding.logical_not().unsqueeze(1);
   }
-  d.permutation = ops::sort_by_expert(all_ids, before);
-  d.rows_per_expert = d.permutation.rows_per_expert;
-  d.rows = ops::permute(x, d.permutation);
+  d.permutation = ops::sort_by_expert(all_ids, num_local_ * ep_.size());
+  d.load = d.rows_per_expert = d.permutation.rows_per_expert;
+  if (ep_.size() > 1) count_arrivals(d);
   return d;
 }
 
-Tensor Dispatcher::combine(const Tensor& rows, const Dispatched& dispatched, const Tensor& base,
+void Dispatcher::count_arrivals(Dispatched& d) const {
+  const int64_t ranks = ep_.size();
+  const std::vector<int64_t> one_each(ranks, 1);
+  const Tensor sent = d.permutation.rows_per_expert.view({ranks, num_local_});
+  const Tensor received = ep_.all_to_all(sent, one_each, one_each);
+  const Tensor rows = at::stack({sent, received}).sum(2).cpu();
+  const int64_t* count = rows.const_data_ptr<int64_t>();
+  d.send.assign(count, count + ranks);
+  d.receive.assign(count + ranks, count + 2 * ranks);
+
+  const Tensor experts = at::arange(num_local_, received.options()).repeat({ranks});
+  const int64_t total = std::accumulate(d.receive.begin(), d.receive.end(), int64_t{0});
+  d.arrival = ops::sort_by_expert(
+      at::repeat_interleave(experts, received.flatten(), std::nullopt, total).unsqueeze(1), num_local_);
+  d.rows_per_expert = d.arrival.rows_per_expert;
+
+  std::vector<Tensor> load;
+  int64_t before = 0;
+  for (const int64_t experts_of_branch : num_experts_) {
+    load.push_back(sent.narrow(1, before, experts_of_branch / ranks).flatten());
+    before += experts_of_branch / ranks;
+  }
+  d.load = at::cat(load);
+}
+
+void Dispatcher::send(const Tensor& x, Dispatched& d) const {
+  d.rows = ops::permute(x, d.permutation);
+  if (ep_.size() > 1) d.exchange.emplace(d.rows, d.send, d.receive, ep_);
+}
+
+void Dispatcher::receive(Dispatched& d) const {
+  if (!d.exchange) return;
+  d.rows = ops::permute(d.exchange->finish(), d.arrival);
+  d.exchange.reset();
+}
+
+Tensor Dispatcher::combine(const Tensor& rows, const Dispatched& d, const Tensor& base,
                            const Tensor& base_weight) const {
-  return ops::unpermute(rows, dispatched.weights, dispatched.permutation, base, base_weight);
+  Tensor own = rows;
+  if (ep_.size() > 1) {
+    const ops::Permutation back{d.rows_per_expert, d.arrival.slot_row.flatten(),
+                                d.arrival.source_row.unsqueeze(1)};
+    own = RowExchange(ops::permute(rows, back), d.receive, d.send, ep_).finish();
+  }
+  return ops::unpermute(own, d.weights, d.permutation, base, base_weight);
 }
 
 }  // namespace hymoe

@@ -4,15 +4,35 @@
 
 #include <torch/types.h>
 
+#include "hymoe/io/shard.h"
 #include "hymoe/ops/grouped.h"
 
 namespace hymoe {
 namespace {
 
-// As torch's Linear starts: uniform in ±1/sqrt(columns).
-Tensor fresh_weight(at::IntArrayRef shape) {
-  const double bound = 1 / std::sqrt(static_cast<double>(shape.back()));
-  return at::empty(shape).uniform_(-bound, bound);
+// As torch's Linear starts: uniform in ±1/sqrt(columns). Every rank draws the whole matrix.
+Tensor fresh_weight(const Shard& shard) {
+  const double bound = 1 / std::sqrt(static_cast<double>(shard.shape.back()));
+  return shard.part_of(at::empty(shard.shape).uniform_(-bound, bound)).contiguous();
+}
+
+// Of the pool's matrices in a row, which every rank draws, this rank's; `experts` on each rank of ep.
+Tensor fresh_weights(int64_t experts, const Shard& shard, const Group& ep) {
+  std::vector<Tensor> weights;
+  for (int64_t e = 0; e < experts * ep.size(); ++e) {
+    const Tensor weight = fresh_weight(shard);
+    if (e / experts == ep.rank()) weights.push_back(weight);
+  }
+  return at::stack(weights);
+}
+
+// Which part of a matrix a rank has: of its rows, or those of `groups` matrices in one; or of its columns.
+Shard row_part(int64_t rows, int64_t columns, const Group& tp, int64_t groups = 1) {
+  return {.shape = {rows, columns}, .splits = {{tp.rank(), tp.size(), groups}, {}}};
+}
+
+Shard column_part(int64_t rows, int64_t columns, const Group& tp) {
+  return {.shape = {rows, columns}, .splits = {{}, {tp.rank(), tp.size()}}};
 }
 
 class ExpertList : public Experts {
@@ -48,23 +68,26 @@ Registry<Experts, ExpertsArgs>& experts() {
 }
 
 SwigluExperts::SwigluExperts(const ExpertsArgs& args) {
-  const auto [dim, hidden, experts] = std::tuple(args.dim, args.hidden, args.num_experts);
-  gate_up_proj_ = register_parameter("gate_up_proj", fresh_weight({experts, 2 * hidden, dim}));
-  down_proj_ = register_parameter("down_proj", fresh_weight({experts, dim, hidden}));
+  const auto& [ep, tp] = std::tie(args.mesh.ep, args.mesh.tp);
+  const int64_t dim = args.dim, hidden = args.hidden * tp.size();
+  gate_up_proj_ = register_parameter("gate_up_proj",
+                                     fresh_weights(args.num_experts, row_part(2 * hidden, dim, tp, 2), ep));
+  down_proj_ =
+      register_parameter("down_proj", fresh_weights(args.num_experts, column_part(dim, hidden, tp), ep));
 }
 
 Tensor SwigluExperts::forward(const Tensor& rows, const Tensor& rows_per_expert) {
   return ops::swiglu_experts(rows, gate_up_proj_, down_proj_, rows_per_expert);
 }
 
-SwigluImpl::SwigluImpl(int64_t dim, int64_t hidden) {
-  const auto matrix = [this](const char* name, at::IntArrayRef shape) {
+SwigluImpl::SwigluImpl(int64_t dim, int64_t hidden, const Group& tp) {
+  const auto matrix = [this](const char* name, const Shard& shard) {
     auto module = register_module(name, std::make_shared<torch::nn::Module>());
-    return module->register_parameter("weight", fresh_weight(shape));
+    return module->register_parameter("weight", fresh_weight(shard));
   };
-  gate_ = matrix("gate_proj", {hidden, dim});
-  up_ = matrix("up_proj", {hidden, dim});
-  down_ = matrix("down_proj", {dim, hidden});
+  gate_ = matrix("gate_proj", row_part(hidden, dim, tp));
+  up_ = matrix("up_proj", row_part(hidden, dim, tp));
+  down_ = matrix("down_proj", column_part(dim, hidden, tp));
 }
 
 Tensor SwigluImpl::forward(const Tensor& x) { return ops::swiglu_mlp(x, gate_, up_, down_); }

@@ -57,8 +57,8 @@ Tensor router_entropy(const Tensor& scores, const Tensor& unit_rows) {
   return scores.size(1) > 1 ? nats / std::log(static_cast<double>(scores.size(1))) : nats + 1;
 }
 
-RouterLosses::RouterLosses(const RouterConfig& config, int64_t num_experts)
-    : config_(config), num_experts_(num_experts) {}
+RouterLosses::RouterLosses(const RouterConfig& config, int64_t num_experts, const Group& data)
+    : config_(config), num_experts_(num_experts), data_(data) {}
 
 Tensor RouterLosses::balance(const Choice& choice, const Packing& packing, bool learning) {
   if (config_.balance_over == "sequence") {
@@ -73,6 +73,7 @@ Tensor RouterLosses::balance(const Choice& choice, const Packing& packing, bool 
   }
   Tensor counts = count_choices(choice.expert_ids, num_experts_, choice.unit_rows);
   if (learning && config_.balance_over == "global_batch") {
+    data_.all_reduce_sum(counts);
     if (step_choices_.defined()) counts = counts + step_choices_;
     step_choices_ = counts;
   }

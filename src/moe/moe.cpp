@@ -6,6 +6,7 @@
 
 #include <torch/types.h>
 
+#include "hymoe/comm/collectives.h"
 #include "hymoe/config/config.h"
 
 namespace hymoe {
@@ -23,16 +24,29 @@ const MoEConfig& checked(const MoEConfig& config, const Mesh& mesh) {
   if (config.branches.empty() && config.shared.hidden == 0) {
     throw ConfigError("branches", "a MoE layer has branches or a shared expert, got neither");
   }
-  for (const auto& [name, group] : {std::pair("dp", mesh.dp), {"ep", mesh.ep}, {"tp", mesh.tp}}) {
-    TORCH_CHECK(group.size() == 1, "MoE: parallelism is not built yet: wanted mesh.", name,
-                " of size 1, got ", group.size());
+  const auto divide = [](const std::string& key, int64_t number, const char* by, const Group& group) {
+    if (number % group.size() == 0) return;
+    throw ConfigError(key, "expected a multiple of parallel." + std::string(by) + ", " +
+                               std::to_string(group.size()) + ", got " + std::to_string(number));
+  };
+  divide("shared.hidden", config.shared.hidden, "tp", mesh.tp);
+  for (size_t b = 0; b < config.branches.size(); ++b) {
+    const BranchConfig& branch = config.branches[b];
+    const std::string key = "branches." + std::to_string(b);
+    divide(key + ".num_experts", branch.num_experts, "ep", mesh.ep);
+    divide(key + ".hidden", branch.hidden, "tp", mesh.tp);
+    if (mesh.tp.size() > 1 && branch.experts != "swiglu") {
+      throw ConfigError(key + ".experts",
+                        "parallel.tp slices swiglu experts alone: expected swiglu, or parallel.tp 1, got " +
+                            branch.experts);
+    }
   }
   return config;
 }
 
-std::vector<int64_t> experts_of_branches(const MoEConfig& config) {
+std::vector<int64_t> experts_of_branches(const MoEConfig& config, int64_t ranks = 1) {
   std::vector<int64_t> counts;
-  for (const BranchConfig& branch : config.branches) counts.push_back(branch.num_experts);
+  for (const BranchConfig& branch : config.branches) counts.push_back(branch.num_experts / ranks);
   return counts;
 }
 
@@ -85,13 +99,50 @@ void MoEConfig::check() const {
   }
 }
 
+namespace {
+
+// Gives rank's part of a pool the weights that it has in the whole one.
+void copy_part(const Experts& whole, Experts& part, int64_t num_experts, int64_t rank) {
+  at::NoGradGuard no_grad;
+  const auto all = whole.named_parameters();
+  for (auto& item : part.named_parameters()) {
+    std::string name = item.key();
+    Tensor to = item.value();
+    const size_t digits = name.find_first_not_of("0123456789");
+    const bool numbered = digits > 0 && digits < name.size() && name[digits] == '.';
+    if (numbered) name = std::to_string(std::stoll(name) + rank * num_experts) + name.substr(digits);
+    TORCH_CHECK(all.contains(name) && (numbered || (to.dim() > 0 && to.size(0) == num_experts)),
+                "Experts: a parameter must have the experts in dimension 0, or a name that begins with the "
+                "number of its expert, got ",
+                item.key(), " ", to.sizes());
+    to.copy_(numbered ? all[name] : all[name].narrow(0, rank * num_experts, num_experts));
+  }
+}
+
+// Custom pools draw their weights as they like, so every rank makes the whole pool to take its part.
+std::shared_ptr<Experts> make_experts(const BranchConfig& config, int64_t dim, const Mesh& mesh) {
+  const auto make = [&](int64_t hidden, int64_t num_experts, const Mesh& of) {
+    return experts().make(config.experts, {dim, hidden, num_experts, config.options, of});
+  };
+  const int64_t local = config.num_experts / mesh.ep.size();
+  if (mesh.ep.size() == 1 || config.experts == "swiglu")
+    return make(config.hidden / mesh.tp.size(), local, mesh);
+  const auto whole = make(config.hidden, config.num_experts, {});
+  auto generator = at::globalContext().defaultGenerator(at::kCPU);
+  const Tensor state = generator.get_state();
+  const auto part = make(config.hidden, local, mesh);
+  generator.set_state(state);
+  copy_part(*whole, *part, local, mesh.ep.rank());
+  return part;
+}
+
+}  // namespace
+
 struct MoEImpl::Branch : torch::nn::Module {
-  Branch(const BranchConfig& config, int64_t dim) {
-    router = register_module("router",
-                             routers().make(config.router.kind, {dim, config.num_experts, config.router}));
-    experts = register_module(
-        "experts",
-        hymoe::experts().make(config.experts, {dim, config.hidden, config.num_experts, config.options}));
+  Branch(const BranchConfig& config, int64_t dim, const Mesh& mesh) {
+    router = register_module(
+        "router", routers().make(config.router.kind, {dim, config.num_experts, config.router, mesh}));
+    experts = register_module("experts", make_experts(config, dim, mesh));
   }
 
   std::shared_ptr<Router> router;
@@ -99,16 +150,16 @@ struct MoEImpl::Branch : torch::nn::Module {
 };
 
 MoEImpl::MoEImpl(const MoEConfig& config, const Mesh& mesh)
-    : config_(checked(config, mesh)), dispatcher_(experts_of_branches(config), mesh.ep) {
+    : config_(checked(config, mesh)), mesh_(mesh), dispatcher_(experts_of_branches(config), mesh.ep) {
   if (config.shared.hidden > 0) {
-    shared_ = register_module("shared_expert", Swiglu(config.dim, config.shared.hidden));
+    shared_ = register_module("shared_expert", Swiglu(config.dim, config.shared.hidden, mesh.tp));
     if (config.shared.gate) {
       auto gate = register_module("shared_expert_gate", std::make_shared<torch::nn::Module>());
       shared_gate_ = gate->register_parameter("weight", at::empty({1, config.dim}).normal_(0, 0.02));
     }
   }
   for (const BranchConfig& branch : config.branches) {
-    branches_.push_back(register_module(branch.name, std::make_shared<Branch>(branch, config.dim)));
+    branches_.push_back(register_module(branch.name, std::make_shared<Branch>(branch, config.dim, mesh)));
   }
   if (config.fusion == "learned" && !branches_.empty()) {
     auto fusion = register_module("fusion", std::make_shared<torch::nn::Module>());
@@ -134,28 +185,48 @@ MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing) {
     if (routing.aux_loss.defined()) out.aux_loss = out.aux_loss + routing.aux_loss;
   }
 
-  Tensor base, base_weight;
-  if (!shared_.is_empty()) {
-    base = shared_->forward(x);
-    base_weight = shared_coefficient(x, routings);
-  }
-  if (branches_.empty()) {
-    out.y = base_weight.defined() && config_.fusion != "preserve"
-                ? (base * base_weight.unsqueeze(1)).to(x.scalar_type())
-                : base;
-    return out;
-  }
-  Dispatched dispatched = dispatcher_.dispatch(x, routings, packing.padding);
-  if (config_.fusion == "preserve") {
-    Tensor sum = dispatched.weights.sum(1);
-    if (base.defined()) sum = sum + (base_weight.defined() ? base_weight : at::ones_like(sum));
-    sum = sum.masked_fill(sum == 0, 1);
-    dispatched.weights = dispatched.weights / sum.unsqueeze(1);
-    if (base.defined()) base_weight = base_weight.defined() ? base_weight / sum : sum.reciprocal();
-  }
-  out.y = dispatcher_.combine(run_experts(dispatched), dispatched, base, base_weight);
-  out.load = load(routings, dispatched, packing, base_weight);
+  Tensor shared_weight = shared_.is_empty() ? Tensor() : shared_coefficient(x, routings);
+  Dispatched dispatched;
+  if (!branches_.empty()) dispatched = dispatcher_.plan(x, routings, packing.padding);
+  if (config_.fusion == "preserve") preserve(dispatched.weights, shared_weight);
+  out.y = compute(x, dispatched, shared_weight);
+  if (!branches_.empty()) out.load = load(routings, dispatched, packing, shared_weight);
   return out;
+}
+
+// Divides a row's coefficients by their sum.
+void MoEImpl::preserve(Tensor& weights, Tensor& shared_weight) const {
+  if (branches_.empty()) {
+    shared_weight = Tensor();
+    return;
+  }
+  Tensor sum = weights.sum(1);
+  if (!shared_.is_empty()) sum = sum + (shared_weight.defined() ? shared_weight : at::ones_like(sum));
+  sum = sum.masked_fill(sum == 0, 1);
+  weights = weights / sum.unsqueeze(1);
+  if (!shared_.is_empty()) shared_weight = shared_weight.defined() ? shared_weight / sum : sum.reciprocal();
+}
+
+// All that follows once the coefficients are known. While rows are on their way to other ranks and, in the
+// backward pass, their gradients on the way back, this rank is busy with its shared expert.
+Tensor MoEImpl::compute(const Tensor& x, Dispatched dispatched, Tensor shared_weight) {
+  // Each rank of tp computes a part of y, and so of the gradients of x and of the coefficients.
+  const Group& tp = mesh_.tp;
+  const Tensor input = copy_to_ranks(x, tp);
+  if (shared_weight.defined()) shared_weight = copy_to_ranks(shared_weight, tp);
+  Tensor y;
+  if (branches_.empty()) {
+    y = shared_->forward(input);
+    if (shared_weight.defined()) y = (y * shared_weight.unsqueeze(1)).to(x.scalar_type());
+  } else {
+    dispatched.weights = copy_to_ranks(dispatched.weights, tp);
+    dispatcher_.send(input, dispatched);
+    Tensor shared;
+    if (!shared_.is_empty()) shared = shared_->forward(input);
+    dispatcher_.receive(dispatched);
+    y = dispatcher_.combine(run_experts(dispatched), dispatched, shared, shared_weight);
+  }
+  return sum_over_ranks(y, tp);
 }
 
 // Every router's answer, its weights times the branch's.
@@ -206,11 +277,12 @@ Tensor MoEImpl::shared_coefficient(const Tensor& x, const std::vector<Routing>& 
 Tensor MoEImpl::run_experts(const Dispatched& dispatched) const {
   if (branches_.size() == 1)
     return branches_[0]->experts->forward(dispatched.rows, dispatched.rows_per_expert);
-  const auto counts = dispatched.rows_per_expert.cpu().split_with_sizes(experts_of_branches(config_));
+  const std::vector<int64_t> experts = experts_of_branches(config_, mesh_.ep.size());
+  const auto counts = dispatched.rows_per_expert.cpu().split_with_sizes(experts);
   std::vector<int64_t> rows;
   for (const Tensor& count : counts) rows.push_back(count.sum().item<int64_t>());
   const auto parts = dispatched.rows.split_with_sizes(rows);
-  const auto per_expert = dispatched.rows_per_expert.split_with_sizes(experts_of_branches(config_));
+  const auto per_expert = dispatched.rows_per_expert.split_with_sizes(experts);
   std::vector<Tensor> results;
   for (size_t b = 0; b < branches_.size(); ++b) {
     results.push_back(branches_[b]->experts->forward(parts[b], per_expert[b]));
@@ -220,7 +292,7 @@ Tensor MoEImpl::run_experts(const Dispatched& dispatched) const {
 
 std::vector<BranchLoad> MoEImpl::load(const std::vector<Routing>& routings, const Dispatched& dispatched,
                                       const Packing& packing, const Tensor& shared_weight) const {
-  const auto per_expert = dispatched.rows_per_expert.split_with_sizes(experts_of_branches(config_));
+  const auto per_expert = dispatched.load.split_with_sizes(experts_of_branches(config_));
   const Tensor& slots = dispatched.permutation.slot_row;
   const Tensor rows = packing.padding.defined() ? packing.padding.logical_not().sum()
                                                 : at::scalar_tensor(slots.size(0), slots.options());
@@ -266,7 +338,17 @@ bool MoEImpl::batch_independent() const {
                      [](const auto& b) { return b->router->batch_independent(); });
 }
 
-int64_t MoEImpl::num_params() const { return count_params(*this); }
+int64_t MoEImpl::num_params() const {
+  int64_t count = count_params(*this);
+  if (!shared_.is_empty()) count += count_params(*shared_) * (mesh_.tp.size() - 1);
+  for (size_t b = 0; b < branches_.size(); ++b)
+    count += params_of_pool(b) - count_params(*branches_[b]->experts);
+  return count;
+}
+
+int64_t MoEImpl::params_of_pool(size_t branch) const {
+  return count_params(*branches_[branch]->experts) * mesh_.ep.size() * mesh_.tp.size();
+}
 
 int64_t MoEImpl::num_active_params() const {
   int64_t active = num_params();
@@ -274,7 +356,7 @@ int64_t MoEImpl::num_active_params() const {
     const BranchConfig& config = config_.branches[b];
     const auto experts = static_cast<double>(config.num_experts);
     const double idle = 1 - std::min(config.router.experts_per_unit(), experts) / experts;
-    active -= std::llround(idle * static_cast<double>(count_params(*branches_[b]->experts)));
+    active -= std::llround(idle * static_cast<double>(params_of_pool(b)));
   }
   return active;
 }

@@ -48,7 +48,9 @@ struct SegmentRouter::Decision {
 };
 
 SegmentRouter::SegmentRouter(const RouterArgs& args)
-    : config_(args.config), num_experts_(args.num_experts), losses_(args.config, args.num_experts) {
+    : config_(args.config),
+      num_experts_(args.num_experts),
+      losses_(args.config, args.num_experts, args.mesh.data) {
   check_config(config_);
   weight_ = register_parameter("weight", at::empty({num_experts_, args.dim}).normal_(0, 0.02));
   if (config_.score == "previous" || config_.score == "prefix") {

@@ -9,7 +9,7 @@
 namespace hymoe {
 
 SparseMixerRouter::SparseMixerRouter(const RouterArgs& args)
-    : config_(args.config), losses_(args.config, args.num_experts) {
+    : config_(args.config), losses_(args.config, args.num_experts, args.mesh.data) {
   check_config(config_);
   weight_ = register_parameter("weight", at::empty({args.num_experts, args.dim}).normal_(0, 0.02));
 }

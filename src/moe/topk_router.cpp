@@ -29,7 +29,9 @@ Tensor rank_within_expert(const Tensor& expert_ids, const Tensor& weights, int64
 }  // namespace
 
 TopkRouter::TopkRouter(const RouterArgs& args)
-    : config_(args.config), num_experts_(args.num_experts), losses_(args.config, args.num_experts) {
+    : config_(args.config),
+      num_experts_(args.num_experts),
+      losses_(args.config, args.num_experts, args.mesh.data) {
   check_config(config_);
   const int64_t rows = num_experts_ + (config_.shared == "inside" ? 1 : 0);
   weight_ = register_parameter("weight", at::empty({rows, args.dim}).normal_(0, 0.02));

@@ -1,10 +1,12 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
 
+#include "hymoe/comm/collectives.h"
 #include "hymoe/comm/group.h"
 #include "hymoe/moe/routing.h"
 #include "hymoe/ops/permute.h"
@@ -13,25 +15,35 @@ namespace hymoe {
 
 /// Rows on their way through the experts.
 struct Dispatched {
-  Tensor rows = {};             // [R, D] sorted by expert
-  Tensor rows_per_expert = {};  // [E] int64, experts of all branches one after another
+  Tensor rows = {};             // [R, D] of all ranks for this rank's experts, sorted by expert
+  Tensor rows_per_expert = {};  // [E] int64, this rank's experts of all branches one after another
+  Tensor load = {};             // [E of all ranks] int64, as above: where this rank's own rows go
   Tensor weights = {};  // [T, K] fp32, of each row's slots (K of all branches), 0 where a slot is empty
-  ops::Permutation permutation = {};
+  ops::Permutation permutation = {};  // of this rank's own rows
+  // Where there are several ranks: rows that each is sent and sends, and the order of those received.
+  std::vector<int64_t> send = {}, receive = {};
+  ops::Permutation arrival = {};
+  std::optional<RowExchange> exchange = {};
 };
 
-/// Brings rows to the experts of all branches of a layer in one permutation, and back; it knows rows and
-/// experts, not units: decisions for units are spread over their rows first. dispatch and combine are each
-/// the other's backward.
+/// Brings rows to the experts of all branches of a layer in one permutation and, where ranks share the
+/// experts, one exchange, and back; it knows rows and experts, not units: decisions for units are spread over
+/// their rows first. dispatch and combine are each the other's backward.
 class Dispatcher {
  public:
   /// num_experts of each branch; expert e of branch b has the number num_experts[0] + … + num_experts[b - 1]
-  /// + e.
+  /// + e. Rank r of ep has the r-th equal part of every branch's. Throws c10::Error when there is none.
   explicit Dispatcher(std::vector<int64_t> num_experts, Group ep = {});
 
   /// x [T, D] and one routing a branch. Rows with padding [T] bool set (undefined: none) go to no expert.
   /// Throws c10::Error when a routing does not fit x.
   Dispatched dispatch(const Tensor& x, const std::vector<Routing>& routings,
                       const Tensor& padding = {}) const;
+  /// Its three parts. plan decides all but the rows, and tells the other ranks how many come; send lets the
+  /// rows set out; receive waits for those that come.
+  Dispatched plan(const Tensor& x, const std::vector<Routing>& routings, const Tensor& padding = {}) const;
+  void send(const Tensor& x, Dispatched& dispatched) const;
+  void receive(Dispatched& dispatched) const;
 
   /// rows [R, D] out of the experts -> y [T, D], y[t] = base_weight[t]·base[t] + Σ_k weights[t, k]·row of
   /// slot (t, k). base [T, D] undefined: nothing; base_weight [T] fp32 undefined: 1.
@@ -39,7 +51,10 @@ class Dispatcher {
                  const Tensor& base_weight = {}) const;
 
  private:
+  void count_arrivals(Dispatched& dispatched) const;
+
   std::vector<int64_t> num_experts_;
+  int64_t num_local_ = 0;  // experts of all branches on one rank
   Group ep_;
 };
 

@@ -19,7 +19,8 @@ namespace hymoe {
 
 using at::Tensor;
 
-/// A pool of experts of one shape of input and output.
+/// A pool of experts of one shape of input and output. Parameters are stacked over experts in dimension 0, or
+/// their names begin with the number of their expert.
 class Experts : public torch::nn::Module {
  public:
   /// rows [R, D] sorted by expert, rows_per_expert [E] int64 -> [R, D]. An expert without rows gets a zero
@@ -38,8 +39,9 @@ struct ExpertsArgs {
 /// The pools by name: "swiglu" and those that were added.
 Registry<Experts, ExpertsArgs>& experts();
 
-/// SwiGLU networks in stacked weights: gate_up_proj [E, 2·H, D] (gate rows first), down_proj [E, D, H]. Each
-/// matrix starts like torch's Linear, uniform in ±1/sqrt(columns).
+/// SwiGLU networks in stacked weights: gate_up_proj [E, 2·H, D] (gate rows first), down_proj [E, D, H]; of
+/// several ranks each has its experts and its slice of H, and the results of mesh.tp's ranks add up. Each
+/// matrix starts like torch's Linear, uniform in ±1/sqrt(columns), whatever the mesh.
 class SwigluExperts : public Experts {
  public:
   explicit SwigluExperts(const ExpertsArgs& args);
@@ -50,10 +52,11 @@ class SwigluExperts : public Experts {
 };
 
 /// One dense SwiGLU network x [T, D] -> [T, D] with parameters gate_proj.weight, up_proj.weight [H, D] and
-/// down_proj.weight [D, H], which start like torch's Linear: the shared expert, and the FFN of a dense layer.
+/// down_proj.weight [D, H], which start like torch's Linear: the shared expert. Each rank of tp has its slice
+/// of H, and their results add up.
 class SwigluImpl : public torch::nn::Module {
  public:
-  SwigluImpl(int64_t dim, int64_t hidden);
+  SwigluImpl(int64_t dim, int64_t hidden, const Group& tp = {});
   Tensor forward(const Tensor& x);
 
  private:

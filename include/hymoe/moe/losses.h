@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "hymoe/comm/group.h"
 #include "hymoe/moe/router.h"
 
 namespace hymoe {
@@ -45,9 +46,10 @@ Tensor router_entropy(const Tensor& scores, const Tensor& unit_rows = {});
 /// The losses that a router's config asks for, and what they remember within a step.
 class RouterLosses {
  public:
-  RouterLosses(const RouterConfig& config, int64_t num_experts);
+  /// The ranks of `data` have other rows of the same step.
+  RouterLosses(const RouterConfig& config, int64_t num_experts, const Group& data = {});
   /// Their sum, coefficients applied; undefined when there is none. With `learning`, the choices count
-  /// towards the step's (balance_over: global_batch).
+  /// towards the step's, and those of all ranks do (balance_over: global_batch).
   Tensor operator()(const Choice& choice, const Packing& packing, bool learning);
   void end_step();
 
@@ -56,6 +58,7 @@ class RouterLosses {
 
   RouterConfig config_;
   int64_t num_experts_;
+  Group data_;
   Tensor step_choices_;  // [1, E] since the last end_step; undefined: none
 };
 

@@ -82,7 +82,7 @@ struct MoEConfig {
 /// Where the rows of one forward pass went, on x's device.
 struct BranchLoad {
   std::string name = {};
-  Tensor rows_per_expert = {};  // [E] int64
+  Tensor rows_per_expert = {};  // [E] int64, of all ranks' experts
   Tensor covered = {};          // scalar int64: rows with at least one expert
   Tensor rows = {};             // scalar int64: rows that are not padding
   Tensor joint = {};  // [E of the branch before, E] int64: rows by their experts in both; the first has none
@@ -108,10 +108,14 @@ struct MoEOutput {
 /// Parameters: shared_expert.{gate,up,down}_proj.weight, shared_expert_gate.weight [1, D],
 /// <branch>.router.weight, <branch>.router.start, <branch>.experts.gate_up_proj, <branch>.experts.down_proj,
 /// fusion.logits [branches].
+///
+/// Of several ranks, those of mesh.ep share the experts of every branch and exchange rows, each with rows of
+/// its own; those of mesh.tp have a slice of every expert and of the shared one, and the same rows. Results
+/// are those of one rank. Gradients of parameters under Experts are sums over the rows of all of mesh.ep,
+/// others of this rank's rows; fresh weights are those of the whole layer.
 class MoEImpl : public torch::nn::Module {
  public:
-  /// Throws ConfigError for a config that does not hold together, c10::Error for a mesh with groups of more
-  /// than one.
+  /// Throws ConfigError for a config that does not hold together or that the mesh cannot divide.
   explicit MoEImpl(const MoEConfig& config, const Mesh& mesh = {});
 
   /// x [T, D], documents as packing says; or, without a packing, x [B, S, D], each batch row a document. With
@@ -127,6 +131,7 @@ class MoEImpl : public torch::nn::Module {
   bool causal() const;
   bool batch_independent() const;
 
+  /// Of the whole layer, whatever this rank has of it; so is num_active_params().
   int64_t num_params() const;
   /// Parameters that a row meets on average: the shared expert, routers, and as many experts as the routers'
   /// configs say (top_k; capacity for expert_choice and threshold).
@@ -136,11 +141,15 @@ class MoEImpl : public torch::nn::Module {
   struct Branch;
   std::vector<Routing> route(const Tensor& x, const Packing& packing);
   Tensor shared_coefficient(const Tensor& x, const std::vector<Routing>& routings) const;
+  void preserve(Tensor& weights, Tensor& shared_weight) const;
+  Tensor compute(const Tensor& x, Dispatched dispatched, Tensor shared_weight);
   Tensor run_experts(const Dispatched& dispatched) const;
   std::vector<BranchLoad> load(const std::vector<Routing>& routings, const Dispatched& dispatched,
                                const Packing& packing, const Tensor& shared_weight) const;
+  int64_t params_of_pool(size_t branch) const;
 
   MoEConfig config_;
+  Mesh mesh_;
   Dispatcher dispatcher_;
   Swiglu shared_{nullptr};
   Tensor shared_gate_;
