@@ -8,6 +8,7 @@
 
 #include "hymoe/comm/collectives.h"
 #include "hymoe/config/config.h"
+#include "hymoe/ops/recompute.h"
 
 namespace hymoe {
 namespace {
@@ -168,10 +169,10 @@ MoEImpl::MoEImpl(const MoEConfig& config, const Mesh& mesh)
   }
 }
 
-MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing) {
+MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing, bool recompute) {
   if (!packing.offsets.defined()) {
     TORCH_CHECK(x.dim() == 3, "MoE: x without a packing must be [B, S, D], got ", x.sizes());
-    MoEOutput out = forward(x.reshape({-1, x.size(2)}), Packing::of(x.size(0), x.size(1)));
+    MoEOutput out = forward(x.reshape({-1, x.size(2)}), Packing::of(x.size(0), x.size(1)), recompute);
     out.y = out.y.view_as(x);
     return out;
   }
@@ -189,7 +190,7 @@ MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing) {
   Dispatched dispatched;
   if (!branches_.empty()) dispatched = dispatcher_.plan(x, routings, packing.padding);
   if (config_.fusion == "preserve") preserve(dispatched.weights, shared_weight);
-  out.y = compute(x, dispatched, shared_weight);
+  out.y = recompute ? compute_again(x, dispatched, shared_weight) : compute(x, dispatched, shared_weight);
   if (!branches_.empty()) out.load = load(routings, dispatched, packing, shared_weight);
   return out;
 }
@@ -272,6 +273,26 @@ Tensor MoEImpl::shared_coefficient(const Tensor& x, const std::vector<Routing>& 
     coefficient = coefficient.defined() ? coefficient * gate : gate;
   }
   return coefficient;
+}
+
+// compute, of which the backward pass finds nothing but its arguments kept.
+Tensor MoEImpl::compute_again(const Tensor& x, const Dispatched& dispatched, const Tensor& shared_weight) {
+  std::vector<Tensor> parameters;
+  if (!shared_.is_empty()) parameters = shared_->parameters();
+  for (const auto& branch : branches_) {
+    const auto of_branch = branch->experts->parameters();
+    parameters.insert(parameters.end(), of_branch.begin(), of_branch.end());
+  }
+  Dispatched planned = dispatched;
+  planned.weights = Tensor();
+  const auto body = [self = shared_from_this(), this, planned,
+                     place = Where::place()](const std::vector<Tensor>& in) -> std::vector<Tensor> {
+    const Where where(place);
+    Dispatched weighed = planned;
+    weighed.weights = in[1];
+    return {compute(in[0], std::move(weighed), in[2])};
+  };
+  return ops::recompute(body, {x, dispatched.weights, shared_weight}, parameters)[0];
 }
 
 Tensor MoEImpl::run_experts(const Dispatched& dispatched) const {

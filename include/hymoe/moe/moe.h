@@ -120,7 +120,8 @@ class MoEImpl : public torch::nn::Module {
 
   /// x [T, D], documents as packing says; or, without a packing, x [B, S, D], each batch row a document. With
   /// packing.state, throws ConfigError for a router that is not causal unless its config has allow_noncausal.
-  MoEOutput forward(const Tensor& x, const Packing& packing = {});
+  /// With `recompute` the backward pass runs all but the routers again instead of keeping what it needs.
+  MoEOutput forward(const Tensor& x, const Packing& packing = {}, bool recompute = false);
   /// After an optimizer step: end_step of every router.
   void end_step(const Group& group = {});
 
@@ -143,6 +144,7 @@ class MoEImpl : public torch::nn::Module {
   Tensor shared_coefficient(const Tensor& x, const std::vector<Routing>& routings) const;
   void preserve(Tensor& weights, Tensor& shared_weight) const;
   Tensor compute(const Tensor& x, Dispatched dispatched, Tensor shared_weight);
+  Tensor compute_again(const Tensor& x, const Dispatched& dispatched, const Tensor& shared_weight);
   Tensor run_experts(const Dispatched& dispatched) const;
   std::vector<BranchLoad> load(const std::vector<Routing>& routings, const Dispatched& dispatched,
                                const Packing& packing, const Tensor& shared_weight) const;
