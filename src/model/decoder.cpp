@@ -8,6 +8,7 @@
 #include <ATen/ops/tensor.h>
 
 #include "hymoe/comm/collectives.h"
+#include "hymoe/config/error.h"
 #include "hymoe/ops/attention.h"
 #include "hymoe/ops/grouped.h"
 #include "hymoe/ops/norm.h"
@@ -99,7 +100,11 @@ BlockImpl::BlockImpl(const ModelConfig& config, const Mesh& mesh, int64_t layer)
   post_attention_layernorm = register_module("post_attention_layernorm",
                                              std::make_shared<WeightImpl>(std::vector<int64_t>{config.dim}));
   if (config.is_moe(layer)) {
-    moe = register_module("mlp", MoE(config.moe, mesh));
+    try {
+      moe = register_module("mlp", MoE(config.moe, mesh));
+    } catch (const ConfigError& error) {
+      throw ConfigError("moe." + error.key_path(), error.text());
+    }
   } else {
     mlp = register_module("mlp", std::make_shared<MlpImpl>(config, mesh));
   }
@@ -107,8 +112,9 @@ BlockImpl::BlockImpl(const ModelConfig& config, const Mesh& mesh, int64_t layer)
 
 Tensor BlockImpl::half(const Tensor& x, const WeightImpl& norm, const torch::nn::Module& module,
                        const Rows& rows, const std::function<Tensor(const Tensor&)>& forward) {
-  const ops::Body run = [this, self = shared_from_this(), weight = norm.weight, forward](const auto& in) {
-    const Where where("layer " + std::to_string(layer));
+  const ops::Body run = [this, self = shared_from_this(), weight = norm.weight, forward,
+                         place = Where::place()](const auto& in) {
+    const Where where(place);
     return std::vector<Tensor>{forward(copy_to_ranks(ops::rms_norm(in[0], weight, norm_eps), tp))};
   };
   if (!rows.recompute) return sum_over_ranks(run({x})[0], tp);
@@ -126,15 +132,15 @@ Tensor BlockImpl::forward(Tensor x, const Rows& rows, ModelOutput& output) {
                     [this](const Tensor& normal) { return mlp->forward(normal); });
   }
   const Tensor h = ops::rms_norm(x, post_attention_layernorm->weight, norm_eps);
-  MoEOutput result = moe->forward(h, rows.packing);
+  MoEOutput result = moe->forward(h, rows.packing, rows.recompute);
   output.aux_loss = output.aux_loss + result.aux_loss;
   for (BranchLoad& load : result.load) output.loads.push_back({layer, std::move(load)});
   return x + result.y;
 }
 
 DecoderImpl::DecoderImpl(const ModelConfig& config, const Mesh& mesh) {
-  embed_tokens = register_module(
-      "embed_tokens", std::make_shared<WeightImpl>(std::vector<int64_t>{config.vocab_size, config.dim}));
+  embed_tokens = register_module("embed_tokens", std::make_shared<WeightImpl>(std::vector<int64_t>{
+                                                     config.vocab_size / mesh.tp.size(), config.dim}));
   const auto list = register_module("layers", std::make_shared<torch::nn::Module>());
   for (int64_t i = 0; i < config.num_layers; ++i) {
     layers.push_back(list->register_module(std::to_string(i), std::make_shared<BlockImpl>(config, mesh, i)));

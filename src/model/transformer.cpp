@@ -62,8 +62,8 @@ Tensor make_positions(const Packing& packing, const KVCache* cache) {
 void check_mesh(const ModelConfig& config, const Mesh& mesh) {
   const auto check = [&](const char* key, int64_t n) {
     if (n % mesh.tp.size() == 0) return;
-    throw ConfigError(key, "must be a multiple of mesh.tp = " + std::to_string(mesh.tp.size()) + ", got " +
-                               std::to_string(n));
+    throw ConfigError(key, "must be a multiple of parallel.tp = " + std::to_string(mesh.tp.size()) +
+                               ", got " + std::to_string(n));
   };
   check("num_heads", config.num_heads);
   check("num_kv_heads", config.num_kv_heads);
