@@ -137,6 +137,7 @@ void TransformerImpl::reset_parameters() {
 
 // Each rank of mesh.tp looks up the tokens that it has.
 Tensor TransformerImpl::embed(const Tensor& tokens) const {
+  const Where where("the embedding");
   const Tensor& weight = model_->embed_tokens->weight;
   const Tensor ids = tokens.to(weight.device());
   if (mesh_.tp.size() == 1) return at::embedding(weight, ids);

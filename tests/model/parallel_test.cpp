@@ -5,10 +5,12 @@
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/types.h>
 #include <torch/utils.h>
 
 #include "hymoe/config/error.h"
+#include "hymoe/model/freeze.h"
 #include "hymoe/model/pretrained.h"
 #include "hymoe/model/sharding.h"
 #include "ranks.h"
@@ -44,6 +46,20 @@ ModelConfig hybrid_config(const std::string& family = "llama", bool tied = false
       {.name = "segment", .num_experts = 4, .hidden = 8, .router = {.kind = "segment", .segment_len = 3}}};
   return config;
 }
+
+// The same with experts that are modules of their own, which cannot be sliced.
+ModelConfig listed_config() {
+  ModelConfig config = hybrid_config();
+  config.moe.branches[0].experts = "listed";
+  return config;
+}
+
+[[maybe_unused]] const bool kRegistered = [] {
+  experts().add("listed", [](const ExpertsArgs& args) {
+    return expert_list(args.num_experts, [&] { return Swiglu(args.dim, args.hidden); });
+  });
+  return true;
+}();
 
 struct Sample {
   Tensor tokens, targets, weights, padding;
@@ -119,7 +135,7 @@ struct Result {
 };
 
 Result run(Transformer& model, const Sample& sample, double share) {
-  LossOutput out = model->loss(sample.tokens, sample.targets, sample.packing, sample.weights);
+  const LossOutput out = model->loss(sample.tokens, sample.targets, sample.packing, sample.weights);
   const Tensor total = out.loss + out.aux_loss * share;
   total.backward();
   Result result{out.nll, total.item<double>(), {}};
@@ -202,6 +218,7 @@ TEST(ParallelModel, DenseModelsAndFp32GiveWhatOneProcessGives) {
     expect_same(dense_config("llama", recompute), {.dp = 1, .tp = 4}, recompute, 1e-10);
     expect_same(dense_config("qwen2", !recompute), {.dp = 2, .tp = 2}, recompute, 1e-10);
     expect_same(hybrid_config(), {.dp = 1, .ep = 2, .tp = 2}, recompute, 2e-5, at::kFloat);
+    expect_same(listed_config(), {.dp = 1, .ep = 4, .tp = 1}, recompute, 1e-10);
   }
 }
 
@@ -231,12 +248,24 @@ TEST(ParallelModel, LogitsAndDecodingAreThoseOfOneProcess) {
   });
 }
 
+// Of the loss alone, at the first router, as a look for dead routers takes it; or at the embedding.
+Tensor router_gradient(Transformer& model, const Sample& sample) {
+  const auto parameters = model->named_parameters();
+  const Tensor* router = parameters.find("model.layers.0.mlp.token.router.weight");
+  const Tensor at = router != nullptr ? *router : parameters["model.embed_tokens.weight"];
+  const LossOutput out = model->loss(sample.tokens, sample.targets, sample.packing, sample.weights);
+  const Tensor gradient = torch::autograd::grad({out.loss}, {at}, {}, /*retain_graph=*/true)[0];
+  EXPECT_TRUE(gradient.equal(torch::autograd::grad({out.loss}, {at})[0]));
+  return gradient;
+}
+
 TEST(ParallelModel, RecomputationChangesNoBit) {
   for (const ModelConfig& config : {hybrid_config("qwen2", true), dense_config("llama", false)}) {
     const Sample sample = sample_of(0, 1);
     std::vector<Transformer> models{make_whole(config, at::kFloat), make_whole(config, at::kFloat)};
     models[1]->set_recompute(true);
     for (int step = 0; step < 2; ++step) {
+      EXPECT_TRUE(router_gradient(models[0], sample).equal(router_gradient(models[1], sample)));
       const Result kept = run(models[0], sample, 1), again = run(models[1], sample, 1);
       EXPECT_EQ(kept.loss, again.loss);
       EXPECT_TRUE(kept.nll.equal(again.nll));
@@ -250,12 +279,36 @@ TEST(ParallelModel, RecomputationChangesNoBit) {
   }
 }
 
+// Bytes that one forward pass leaves behind.
+int64_t bytes_kept(const ModelConfig& config, bool recompute) {
+  struct Held : c10::MemoryReportingInfoBase {
+    void reportMemoryUsage(void*, int64_t size, size_t, size_t, at::Device) override { bytes += size; }
+    bool memoryProfilingEnabled() const override { return true; }
+    int64_t bytes = 0;
+  };
+  Transformer model = make_whole(config, at::kFloat);
+  model->set_recompute(recompute);
+  const Sample sample = sample_of(0, 1);
+  const auto held = std::make_shared<Held>();
+  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, held);
+  const LossOutput out = model->loss(sample.tokens, sample.targets, sample.packing);
+  return held->bytes;
+}
+
+TEST(ParallelModel, RecomputationKeepsLess) {
+  EXPECT_LT(bytes_kept(dense_config("llama", true), true),
+            bytes_kept(dense_config("llama", true), false) / 3);
+  EXPECT_LT(bytes_kept(hybrid_config(), true), bytes_kept(hybrid_config(), false) / 2);
+}
+
 TEST(ParallelModel, FreshWeightsAndCountsDoNotDependOnTheMesh) {
-  for (const ModelConfig& config : {hybrid_config("qwen2", false), dense_config("llama", true)}) {
+  for (const auto& [config, tp] : {std::pair(hybrid_config("qwen2", false), 2),
+                                   {dense_config("llama", true), 2},
+                                   {listed_config(), 1}}) {
     torch::manual_seed(5);
     Transformer whole(config);
     const auto values = whole->named_parameters();
-    run_ranks({.dp = 1, .ep = 2, .tp = 2}, [&](const Mesh& mesh) {
+    run_ranks({.dp = 1, .ep = 2, .tp = tp}, [&, config = config](const Mesh& mesh) {
       for (int64_t turn = 0; turn < mesh.world.size(); ++turn) {  // they share the generator
         if (turn == mesh.world.rank()) {
           torch::manual_seed(5);
@@ -263,6 +316,12 @@ TEST(ParallelModel, FreshWeightsAndCountsDoNotDependOnTheMesh) {
           for (const ParameterShard& shard : parameter_shards(model)) {
             EXPECT_TRUE(shard.parameter.equal(shard.shard.part_of(values[shard.shard.name])))
                 << shard.shard.name;
+          }
+          const std::vector<WholeParameter> all = whole_parameters(model);
+          ASSERT_EQ(all.size(), values.size());
+          for (size_t i = 0; i < all.size(); ++i) {
+            EXPECT_EQ(all[i].name, values[i].key());
+            EXPECT_EQ(values[i].value().sizes(), all[i].shape);
           }
           EXPECT_EQ(model->num_params(), whole->num_params());
           EXPECT_EQ(model->num_active_params(), whole->num_active_params());
@@ -275,26 +334,81 @@ TEST(ParallelModel, FreshWeightsAndCountsDoNotDependOnTheMesh) {
 }
 
 TEST(ParallelModel, LoadsItsPartsOfACheckpoint) {
-  const TemporaryFolder folder;
-  Transformer whole = make_whole(hybrid_config(), at::kFloat);
-  save_pretrained(whole, folder / "model");
-  const auto values = whole->named_parameters();
-  const Sample all = sample_of(0, 1);
-  const Result wanted = run(whole, all, 1);
-  run_ranks({.dp = 1, .ep = 2, .tp = 2}, [&](const Mesh& mesh) {
-    Transformer model = load_pretrained(folder / "model", at::kCPU, at::kFloat, mesh);
-    const Sample sample = sample_of(mesh.data.rank(), mesh.data.size());
-    const Result got = run(model, sample, real_rows(sample) / real_rows(all));
-    expect_close(got.nll, rows_of_rank(wanted.nll, mesh.data.rank(), mesh.data.size()), 2e-5, "nll");
-    Transformer other(whole->config(), mesh, Init::kNone);
-    load_weights(other, folder / "model");
-    for (const Transformer& loaded : {model, other}) {
-      for (const ParameterShard& shard : parameter_shards(loaded)) {
-        EXPECT_TRUE(shard.parameter.equal(shard.shard.part_of(values[shard.shard.name]))) << shard.shard.name;
-        EXPECT_TRUE(shard.parameter.is_contiguous());
+  for (const auto& [config, tp] : {std::pair(hybrid_config(), 2), {listed_config(), 1}}) {
+    const TemporaryFolder folder;
+    Transformer whole = make_whole(config, at::kFloat);
+    save_pretrained(whole, folder / "model");
+    const auto values = whole->named_parameters();
+    const Sample all = sample_of(0, 1);
+    const Result wanted = run(whole, all, 1);
+    run_ranks({.dp = 1, .ep = 2, .tp = tp}, [&](const Mesh& mesh) {
+      Transformer model = load_pretrained(folder / "model", at::kCPU, at::kFloat, mesh);
+      const Sample sample = sample_of(mesh.data.rank(), mesh.data.size());
+      const Result got = run(model, sample, real_rows(sample) / real_rows(all));
+      expect_close(got.nll, rows_of_rank(wanted.nll, mesh.data.rank(), mesh.data.size()), 2e-5, "nll");
+      Transformer other(whole->config(), mesh, Init::kNone);
+      load_weights(other, folder / "model");
+      const Transformer halves = load_pretrained(folder / "model", at::kCPU, at::kBFloat16, mesh);
+      for (const Transformer& loaded : {model, other, halves}) {
+        for (const ParameterShard& shard : parameter_shards(loaded)) {
+          const Tensor part = shard.shard.part_of(values[shard.shard.name]);
+          EXPECT_TRUE(shard.parameter.equal(part.to(shard.parameter.scalar_type()))) << shard.shard.name;
+          EXPECT_TRUE(shard.parameter.is_contiguous());
+        }
       }
+    });
+  }
+}
+
+TEST(ParallelModel, FreezesByTheNamesOfTheWholeModel) {
+  ModelConfig config = listed_config();
+  config.freeze = {"*.0.mlp.token.experts.6.*"};
+  run_ranks({.dp = 1, .ep = 2, .tp = 1}, [&](const Mesh& mesh) {
+    Transformer model(config, mesh);
+    EXPECT_EQ(freeze_parameters(model).size(), 3u);
+    for (const auto& item : model->named_parameters()) {
+      const bool frozen =
+          mesh.ep.rank() == 1 && item.key().find(".0.mlp.token.experts.2.") != std::string::npos;
+      EXPECT_EQ(item.value().requires_grad(), !frozen) << item.key();
     }
   });
+}
+
+TEST(ParallelModel, RunsInBfloat16) {
+  Transformer whole = make_whole(dense_config("llama", true), at::kBFloat16);
+  const Sample sample = sample_of(0, 1);
+  const Result wanted = run(whole, sample, 1);
+  run_ranks({.dp = 1, .ep = 1, .tp = 2}, [&](const Mesh& mesh) {
+    Transformer model = part_of(whole, mesh);
+    const Result got = run(model, sample, 1);
+    EXPECT_NEAR(got.loss, wanted.loss, 0.03 * wanted.loss);
+    for (const auto& [name, gradient] : got.gradients) {
+      EXPECT_EQ(gradient.scalar_type(), at::kBFloat16) << name;
+      EXPECT_TRUE(gradient.isfinite().all().item<bool>()) << name;
+    }
+  });
+}
+
+TEST(ParallelModel, RankThatIsMissingIsMissedByPlace) {
+  Transformer whole = make_whole(dense_config("llama", true), at::kFloat);
+  const Sample sample = sample_of(0, 1);
+  for (const std::string place : {"the embedding", "the cross-entropy"}) {
+    std::string text = "no error";
+    const auto rank = [&](const Mesh& mesh) {
+      Transformer model = part_of(whole, mesh);
+      if (mesh.tp.rank() == 1 && place == "the embedding") return;
+      try {
+        const Tensor loss = model->loss(sample.tokens, sample.targets, sample.packing).loss;
+        if (mesh.tp.rank() == 1) return;
+        loss.backward();
+      } catch (const Error& error) {
+        text = error.what();
+        throw;
+      }
+    };
+    EXPECT_THROW(run_ranks({.dp = 1, .ep = 1, .tp = 2}, rank, std::chrono::seconds(2)), Error);
+    EXPECT_NE(text.find("in " + place), std::string::npos) << text;
+  }
 }
 
 TEST(ParallelModel, WhatTheMeshCannotDivideIsNamed) {
