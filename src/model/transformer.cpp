@@ -147,15 +147,11 @@ Tensor TransformerImpl::embed(const Tensor& tokens) const {
   return sum_over_ranks(found.masked_fill(elsewhere.unsqueeze(1), 0), mesh_.tp);
 }
 
-Rows TransformerImpl::rows_of(const Packing& packing, KVCache* cache) const {
-  const auto device = model_->embed_tokens->weight.device();
-  return {packing, make_positions(packing, cache).to(device), inv_freq_.to(device), cache, recompute_};
-}
-
 ModelOutput TransformerImpl::hidden(const Tensor& tokens, const Packing& packing, KVCache* cache) {
   check_packing(tokens, packing, config_, cache);
   const torch::AutoGradMode grad(torch::GradMode::is_enabled() && cache == nullptr);
-  Rows rows = rows_of(packing, cache);
+  const auto device = model_->embed_tokens->weight.device();
+  Rows rows{packing, make_positions(packing, cache).to(device), inv_freq_.to(device), cache, recompute_};
   if (cache != nullptr) rows.packing.state = &cache->state();
 
   ModelOutput output;
@@ -197,7 +193,8 @@ LossOutput TransformerImpl::loss(const Tensor& tokens, const Tensor& targets, co
 
 std::string TransformerImpl::first_non_finite(const Tensor& tokens, const Packing& packing) {
   const torch::NoGradGuard no_grad;
-  const Rows rows = rows_of(packing, nullptr);
+  const auto device = model_->embed_tokens->weight.device();
+  const Rows rows{packing, make_positions(packing, nullptr).to(device), inv_freq_.to(device), nullptr, false};
   ModelOutput output;
   output.aux_loss = at::zeros({}, rows.inv_freq.options());
   const auto finite = [](const Tensor& tensor) { return at::isfinite(tensor).all().item<bool>(); };

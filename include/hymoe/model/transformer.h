@@ -42,7 +42,6 @@ enum class Init { kRandom, kNone };
 
 struct DecoderImpl;
 struct LinearImpl;
-struct Rows;
 
 /// A decoder-only language model over flattened rows: `tokens` [T] int64 hold the documents of `packing` one
 /// after another; attention, positions and routing never cross from one to the next. Padding rows may only
@@ -102,9 +101,7 @@ class TransformerImpl : public torch::nn::Module {
  private:
   void reset_parameters();
   const Tensor& output_weight() const;
-
   Tensor embed(const Tensor& tokens) const;
-  Rows rows_of(const Packing& packing, KVCache* cache) const;
 
   ModelConfig config_;
   Mesh mesh_;
