@@ -7,9 +7,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 
+#include "hymoe/comm/collectives.h"
+#include "hymoe/config/error.h"
 #include "hymoe/ops/attention.h"
 #include "hymoe/ops/grouped.h"
 #include "hymoe/ops/norm.h"
+#include "hymoe/ops/recompute.h"
 #include "hymoe/ops/rotary.h"
 
 namespace hymoe {
@@ -53,10 +56,10 @@ WeightImpl::WeightImpl(const std::vector<int64_t>& shape) {
   weight = register_parameter("weight", at::empty(shape));
 }
 
-AttentionImpl::AttentionImpl(const ModelConfig& config, int64_t layer)
+AttentionImpl::AttentionImpl(const ModelConfig& config, const Mesh& mesh, int64_t layer)
     : layer(layer),
-      num_heads(config.num_heads),
-      num_kv_heads(config.num_kv_heads),
+      num_heads(config.num_heads / mesh.tp.size()),
+      num_kv_heads(config.num_kv_heads / mesh.tp.size()),
       head_size(config.head_size()) {
   const auto project = [&](const char* name, int64_t in, int64_t out, bool bias) {
     return register_module(name, std::make_shared<LinearImpl>(in, out, bias));
@@ -78,10 +81,11 @@ Tensor AttentionImpl::forward(const Tensor& x, const Rows& rows) const {
   return o_proj->forward(y.reshape({-1, num_heads * head_size}));
 }
 
-MlpImpl::MlpImpl(const ModelConfig& config) {
-  gate_proj = register_module("gate_proj", std::make_shared<LinearImpl>(config.dim, config.hidden, false));
-  up_proj = register_module("up_proj", std::make_shared<LinearImpl>(config.dim, config.hidden, false));
-  down_proj = register_module("down_proj", std::make_shared<LinearImpl>(config.hidden, config.dim, false));
+MlpImpl::MlpImpl(const ModelConfig& config, const Mesh& mesh) {
+  const int64_t hidden = config.hidden / mesh.tp.size();
+  gate_proj = register_module("gate_proj", std::make_shared<LinearImpl>(config.dim, hidden, false));
+  up_proj = register_module("up_proj", std::make_shared<LinearImpl>(config.dim, hidden, false));
+  down_proj = register_module("down_proj", std::make_shared<LinearImpl>(hidden, config.dim, false));
 }
 
 Tensor MlpImpl::forward(const Tensor& x) const {
@@ -89,32 +93,54 @@ Tensor MlpImpl::forward(const Tensor& x) const {
 }
 
 BlockImpl::BlockImpl(const ModelConfig& config, const Mesh& mesh, int64_t layer)
-    : layer(layer), norm_eps(config.norm_eps) {
+    : layer(layer), norm_eps(config.norm_eps), tp(mesh.tp) {
   input_layernorm =
       register_module("input_layernorm", std::make_shared<WeightImpl>(std::vector<int64_t>{config.dim}));
-  self_attn = register_module("self_attn", std::make_shared<AttentionImpl>(config, layer));
+  self_attn = register_module("self_attn", std::make_shared<AttentionImpl>(config, mesh, layer));
   post_attention_layernorm = register_module("post_attention_layernorm",
                                              std::make_shared<WeightImpl>(std::vector<int64_t>{config.dim}));
   if (config.is_moe(layer)) {
-    moe = register_module("mlp", MoE(config.moe, mesh));
+    try {
+      moe = register_module("mlp", MoE(config.moe, mesh));
+    } catch (const ConfigError& error) {
+      throw ConfigError("moe." + error.key_path(), error.text());
+    }
   } else {
-    mlp = register_module("mlp", std::make_shared<MlpImpl>(config));
+    mlp = register_module("mlp", std::make_shared<MlpImpl>(config, mesh));
   }
 }
 
+Tensor BlockImpl::half(const Tensor& x, const WeightImpl& norm, const torch::nn::Module& module,
+                       const Rows& rows, const std::function<Tensor(const Tensor&)>& forward) {
+  const ops::Body run = [this, self = shared_from_this(), weight = norm.weight, forward,
+                         place = Where::place()](const auto& in) {
+    const Where where(place);
+    return std::vector<Tensor>{forward(copy_to_ranks(ops::rms_norm(in[0], weight, norm_eps), tp))};
+  };
+  if (!rows.recompute) return sum_over_ranks(run({x})[0], tp);
+  std::vector<Tensor> parameters = module.parameters();
+  parameters.push_back(norm.weight);
+  return sum_over_ranks(ops::recompute(run, {x}, parameters)[0], tp);
+}
+
 Tensor BlockImpl::forward(Tensor x, const Rows& rows, ModelOutput& output) {
-  x = x + self_attn->forward(ops::rms_norm(x, input_layernorm->weight, norm_eps), rows);
+  const Where where("layer " + std::to_string(layer));
+  x = x + half(x, *input_layernorm, *self_attn, rows,
+               [this, rows](const Tensor& normal) { return self_attn->forward(normal, rows); });
+  if (mlp != nullptr) {
+    return x + half(x, *post_attention_layernorm, *mlp, rows,
+                    [this](const Tensor& normal) { return mlp->forward(normal); });
+  }
   const Tensor h = ops::rms_norm(x, post_attention_layernorm->weight, norm_eps);
-  if (mlp != nullptr) return x + mlp->forward(h);
-  MoEOutput result = moe->forward(h, rows.packing);
+  MoEOutput result = moe->forward(h, rows.packing, rows.recompute);
   output.aux_loss = output.aux_loss + result.aux_loss;
   for (BranchLoad& load : result.load) output.loads.push_back({layer, std::move(load)});
   return x + result.y;
 }
 
 DecoderImpl::DecoderImpl(const ModelConfig& config, const Mesh& mesh) {
-  embed_tokens = register_module(
-      "embed_tokens", std::make_shared<WeightImpl>(std::vector<int64_t>{config.vocab_size, config.dim}));
+  embed_tokens = register_module("embed_tokens", std::make_shared<WeightImpl>(std::vector<int64_t>{
+                                                     config.vocab_size / mesh.tp.size(), config.dim}));
   const auto list = register_module("layers", std::make_shared<torch::nn::Module>());
   for (int64_t i = 0; i < config.num_layers; ++i) {
     layers.push_back(list->register_module(std::to_string(i), std::make_shared<BlockImpl>(config, mesh, i)));

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -29,23 +30,24 @@ struct WeightImpl : torch::nn::Module {
 
 /// What the layers of one call share.
 struct Rows {
-  const Packing& packing;
+  Packing packing;
   Tensor positions;  // [T] int64, on the device of the model
   Tensor inv_freq;   // [head size / 2] fp32
   KVCache* cache;    // nullptr: none
+  bool recompute;    // let the backward pass run attention and experts again
 };
 
+/// The heads of this rank of mesh.tp, and what these add to the result; the dense FFN below likewise.
 struct AttentionImpl : torch::nn::Module {
-  AttentionImpl(const ModelConfig& config, int64_t layer);
+  AttentionImpl(const ModelConfig& config, const Mesh& mesh, int64_t layer);
   Tensor forward(const Tensor& x, const Rows& rows) const;
 
   int64_t layer, num_heads, num_kv_heads, head_size;
   std::shared_ptr<LinearImpl> q_proj, k_proj, v_proj, o_proj;
 };
 
-/// The dense FFN.
 struct MlpImpl : torch::nn::Module {
-  explicit MlpImpl(const ModelConfig& config);
+  MlpImpl(const ModelConfig& config, const Mesh& mesh);
   Tensor forward(const Tensor& x) const;
 
   std::shared_ptr<LinearImpl> gate_proj, up_proj, down_proj;
@@ -55,9 +57,13 @@ struct BlockImpl : torch::nn::Module {
   BlockImpl(const ModelConfig& config, const Mesh& mesh, int64_t layer);
   /// Adds this layer's loads and auxiliary loss to `output`.
   Tensor forward(Tensor x, const Rows& rows, ModelOutput& output);
+  /// What one of its halves, a norm and a module, adds to x.
+  Tensor half(const Tensor& x, const WeightImpl& norm, const torch::nn::Module& module, const Rows& rows,
+              const std::function<Tensor(const Tensor& normal)>& forward);
 
   int64_t layer;
   double norm_eps;
+  Group tp;
   std::shared_ptr<WeightImpl> input_layernorm, post_attention_layernorm;
   std::shared_ptr<AttentionImpl> self_attn;
   std::shared_ptr<MlpImpl> mlp;  // one of mlp and moe

@@ -1,8 +1,10 @@
 #include "hymoe/model/freeze.h"
 
 #include <algorithm>
+#include <set>
 
 #include "hymoe/config/error.h"
+#include "hymoe/model/sharding.h"
 
 namespace hymoe {
 
@@ -30,13 +32,13 @@ std::vector<std::string> frozen_parameters(const Transformer& model) {
   const auto& patterns = model->config().freeze;
   std::vector<bool> used(patterns.size());
   std::vector<std::string> frozen;
-  for (const auto& item : model->named_parameters()) {
+  for (const WholeParameter& whole : whole_parameters(model)) {
     bool any = false;
     for (size_t i = 0; i < patterns.size(); ++i) {
-      if (!name_matches(patterns[i], item.key())) continue;
+      if (!name_matches(patterns[i], whole.name)) continue;
       used[i] = any = true;
     }
-    if (any) frozen.push_back(item.key());
+    if (any) frozen.push_back(whole.name);
   }
   const auto unused = std::find(used.begin(), used.end(), false);
   if (unused != used.end()) {
@@ -47,9 +49,11 @@ std::vector<std::string> frozen_parameters(const Transformer& model) {
 }
 
 std::vector<std::string> freeze_parameters(Transformer& model) {
-  auto frozen = frozen_parameters(model);
-  auto parameters = model->named_parameters();
-  for (const auto& name : frozen) parameters[name].set_requires_grad(false);
+  const auto frozen = frozen_parameters(model);
+  const std::set<std::string> names(frozen.begin(), frozen.end());
+  for (ParameterShard& shard : parameter_shards(model)) {
+    if (names.contains(shard.shard.name)) shard.parameter.set_requires_grad(false);
+  }
   return frozen;
 }
 

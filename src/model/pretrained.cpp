@@ -12,6 +12,7 @@
 
 #include "hymoe/config/error.h"
 #include "hymoe/io/file.h"
+#include "hymoe/model/sharding.h"
 
 namespace hymoe {
 namespace {
@@ -41,15 +42,25 @@ bool is_weight_type(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16;
 }
 
+// What a file's tensor is for: a part of it for this rank's `tensor`, which is undefined where the tensor is
+// another rank's.
 struct Target {
+  Shard shard;
   Tensor tensor;
   bool is_parameter;
 };
 
 std::unordered_map<std::string, Target> targets_of(const Transformer& model) {
   std::unordered_map<std::string, Target> targets;
-  for (const auto& item : model->named_parameters()) targets[item.key()] = {item.value(), true};
-  for (const auto& item : model->named_buffers()) targets[item.key()] = {item.value(), false};
+  const std::vector<ParameterShard> shards = parameter_shards(model);
+  for (const WholeParameter& whole : whole_parameters(model)) {
+    Target& target = targets[whole.name];
+    target = {{.shape = whole.shape}, {}, true};
+    if (whole.index >= 0) target = {shards[whole.index].shard, shards[whole.index].parameter, true};
+  }
+  for (const auto& item : model->named_buffers()) {
+    targets[item.key()] = {{.shape = item.value().sizes().vec()}, item.value(), false};
+  }
   return targets;
 }
 
@@ -67,12 +78,11 @@ void check_names_and_shapes(const SafetensorsFolder& files,
       continue;
     }
     const TensorInfo& info = files.info(name);
-    const Tensor& wanted = it->second.tensor;
-    const bool type_fits =
-        it->second.is_parameter ? is_weight_type(info.dtype) : info.dtype == wanted.scalar_type();
-    if (wanted.sizes() != info.shape || !type_fits) {
-      misshapen.push_back(to_text(name, " (expected ", wanted.sizes(), ", got ", info.dtype, " ",
-                                  at::IntArrayRef(info.shape), ")"));
+    const auto& [shard, tensor, is_parameter] = it->second;
+    const bool type_fits = is_parameter ? is_weight_type(info.dtype) : info.dtype == tensor.scalar_type();
+    if (shard.shape != info.shape || !type_fits) {
+      misshapen.push_back(to_text(name, " (expected ", at::IntArrayRef(shard.shape), ", got ", info.dtype,
+                                  " ", at::IntArrayRef(info.shape), ")"));
     }
   }
   std::string text;
@@ -100,22 +110,25 @@ void fill(Transformer& model, const std::filesystem::path& dir, std::optional<at
       }
       continue;
     }
-    auto& [target, is_parameter] = it->second;
+    auto& [shard, target, is_parameter] = it->second;
+    if (!target.defined()) continue;
     const at::ScalarType to_dtype =
         is_parameter ? dtype.value_or(target.scalar_type()) : target.scalar_type();
     const at::Device to_device = device.value_or(target.device());
     if (target.scalar_type() == to_dtype && target.device() == to_device) {
-      target.copy_(value);
+      target.copy_(shard.part_of(value));
     } else {
-      target.set_data(value.to(to_device, to_dtype, /*non_blocking=*/false, /*copy=*/true));
+      target.set_data(shard.part_of(value).to(to_device, to_dtype, /*non_blocking=*/false, /*copy=*/true,
+                                              at::MemoryFormat::Contiguous));
     }
   }
 }
 
 }  // namespace
 
-Transformer load_pretrained(const std::filesystem::path& dir, at::Device device, at::ScalarType dtype) {
-  Transformer model(read_model_config(dir), Mesh{}, Init::kNone);
+Transformer load_pretrained(const std::filesystem::path& dir, at::Device device, at::ScalarType dtype,
+                            const Mesh& mesh) {
+  Transformer model(read_model_config(dir), mesh, Init::kNone);
   fill(model, dir, device, dtype);
   return model;
 }

@@ -7,14 +7,18 @@
 #include <string_view>
 #include <utility>
 
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
+#include "hymoe/comm/collectives.h"
 #include "hymoe/config/config.h"
+#include "hymoe/model/sharding.h"
 #include "hymoe/ops/cross_entropy.h"
 #include "hymoe/ops/norm.h"
 #include "hymoe/ops/rotary.h"
@@ -55,15 +59,52 @@ Tensor make_positions(const Packing& packing, const KVCache* cache) {
   return positions;
 }
 
+void check_mesh(const ModelConfig& config, const Mesh& mesh) {
+  const auto check = [&](const char* key, int64_t n) {
+    if (n % mesh.tp.size() == 0) return;
+    throw ConfigError(key, "must be a multiple of parallel.tp = " + std::to_string(mesh.tp.size()) +
+                               ", got " + std::to_string(n));
+  };
+  check("num_heads", config.num_heads);
+  check("num_kv_heads", config.num_kv_heads);
+  check("vocab_size", config.vocab_size);
+  if (static_cast<int64_t>(config.moe_layers.size()) < config.num_layers) check("hidden", config.hidden);
+}
+
+// Draws the values of a whole tensor and keeps those of the part; a part that is undefined, none.
+void draw(const Shard& shard, Tensor part, double std) {
+  if (part.defined() && part.sizes() == shard.shape) {
+    part.normal_(0, std);
+    return;
+  }
+  const Tensor whole = at::empty(shard.shape).normal_(0, std);
+  if (part.defined()) part.copy_(shard.part_of(whole));
+}
+
+// The same for stacked weights of experts, one after another.
+void draw_experts(const Shard& shard, const Tensor& part, double std) {
+  if (shard.splits.empty()) return draw(shard, part, std);
+  const Shard one{shard.name,
+                  {shard.shape.begin() + 1, shard.shape.end()},
+                  {shard.splits.begin() + 1, shard.splits.end()}};
+  const int64_t first = shard.splits[0].rank * part.size(0);
+  for (int64_t e = 0; e < shard.shape[0]; ++e) {
+    const bool here = e >= first && e < first + part.size(0);
+    draw(one, here ? part[e - first] : Tensor(), std);
+  }
+}
+
 }  // namespace
 
-TransformerImpl::TransformerImpl(ModelConfig config, Mesh mesh, Init init) : config_(std::move(config)) {
+TransformerImpl::TransformerImpl(ModelConfig config, Mesh mesh, Init init)
+    : config_(std::move(config)), mesh_(std::move(mesh)) {
   config_.moe.dim = config_.dim;
   check_config(config_);
-  model_ = register_module("model", std::make_shared<DecoderImpl>(config_, mesh));
+  check_mesh(config_, mesh_);
+  model_ = register_module("model", std::make_shared<DecoderImpl>(config_, mesh_));
   if (!config_.tie_embeddings) {
-    lm_head_ =
-        register_module("lm_head", std::make_shared<LinearImpl>(config_.dim, config_.vocab_size, false));
+    lm_head_ = register_module(
+        "lm_head", std::make_shared<LinearImpl>(config_.dim, config_.vocab_size / mesh_.tp.size(), false));
   }
   inv_freq_ = ops::rotary_angles(config_.head_size(), config_.rope_theta);
   if (init == Init::kRandom) reset_parameters();
@@ -72,35 +113,50 @@ TransformerImpl::TransformerImpl(ModelConfig config, Mesh mesh, Init init) : con
 void TransformerImpl::reset_parameters() {
   const torch::NoGradGuard no_grad;
   const double residual_std = kInitStd / std::sqrt(2.0 * static_cast<double>(config_.num_layers));
-  for (auto& item : named_parameters()) {
+  const std::vector<ParameterShard> shards = parameter_shards(*this);
+  for (const WholeParameter& whole : whole_parameters(*this)) {
     const auto is_one_of = [&](std::initializer_list<std::string_view> ends) {
-      return std::any_of(ends.begin(), ends.end(), [&](auto end) { return item.key().ends_with(end); });
+      return std::any_of(ends.begin(), ends.end(), [&](auto end) { return whole.name.ends_with(end); });
     };
+    const ParameterShard none{.shard = {.shape = whole.shape}};
+    const auto& [shard, part, expert, tp_copy] = whole.index < 0 ? none : shards[whole.index];
     if (is_one_of({"norm.weight"})) {
-      item.value().fill_(1);
+      if (part.defined()) part.fill_(1);
     } else if (is_one_of({"_proj.bias"})) {
-      item.value().zero_();
-    } else if (is_one_of({"o_proj.weight", "down_proj.weight", ".experts.down_proj"})) {
-      item.value().normal_(0, residual_std);
+      if (part.defined()) part.zero_();
+    } else if (is_one_of({".experts.gate_up_proj", ".experts.down_proj"})) {
+      draw_experts(shard, part, whole.name.ends_with("down_proj") ? residual_std : kInitStd);
+    } else if (is_one_of({"o_proj.weight", "down_proj.weight"})) {
+      draw(shard, part, residual_std);
     } else if (is_one_of({"embed_tokens.weight", "lm_head.weight", "q_proj.weight", "k_proj.weight",
-                          "v_proj.weight", "gate_proj.weight", "up_proj.weight", ".experts.gate_up_proj"})) {
-      item.value().normal_(0, kInitStd);
+                          "v_proj.weight", "gate_proj.weight", "up_proj.weight"})) {
+      draw(shard, part, kInitStd);
     }
   }
+}
+
+// Each rank of mesh.tp looks up the tokens that it has.
+Tensor TransformerImpl::embed(const Tensor& tokens) const {
+  const Where where("the embedding");
+  const Tensor& weight = model_->embed_tokens->weight;
+  const Tensor ids = tokens.to(weight.device());
+  if (mesh_.tp.size() == 1) return at::embedding(weight, ids);
+  const Tensor row = ids - mesh_.tp.rank() * weight.size(0);
+  const Tensor elsewhere = (row < 0).logical_or_(row >= weight.size(0));
+  const Tensor found = at::embedding(weight, row.masked_fill(elsewhere, 0));
+  return sum_over_ranks(found.masked_fill(elsewhere.unsqueeze(1), 0), mesh_.tp);
 }
 
 ModelOutput TransformerImpl::hidden(const Tensor& tokens, const Packing& packing, KVCache* cache) {
   check_packing(tokens, packing, config_, cache);
   const torch::AutoGradMode grad(torch::GradMode::is_enabled() && cache == nullptr);
-  const Tensor& embedding = model_->embed_tokens->weight;
-  const auto device = embedding.device();
-  Packing packed = packing;
-  if (cache != nullptr) packed.state = &cache->state();
-  const Rows rows{packed, make_positions(packing, cache).to(device), inv_freq_.to(device), cache};
+  const auto device = model_->embed_tokens->weight.device();
+  Rows rows{packing, make_positions(packing, cache).to(device), inv_freq_.to(device), cache, recompute_};
+  if (cache != nullptr) rows.packing.state = &cache->state();
 
   ModelOutput output;
-  output.aux_loss = at::zeros({}, embedding.options().dtype(at::kFloat));
-  Tensor x = at::embedding(embedding, tokens.to(device));
+  output.aux_loss = at::zeros({}, rows.inv_freq.options());
+  Tensor x = embed(tokens);
   for (const auto& layer : model_->layers) x = layer->forward(std::move(x), rows, output);
   output.hidden = ops::rms_norm(x, model_->norm->weight, config_.norm_eps);
   if (cache != nullptr) cache->advance(packing.offsets);
@@ -111,34 +167,56 @@ const Tensor& TransformerImpl::output_weight() const {
   return lm_head_ ? lm_head_->weight : model_->embed_tokens->weight;
 }
 
-Tensor TransformerImpl::logits(const Tensor& hidden) const { return at::linear(hidden, output_weight()); }
+Tensor TransformerImpl::logits(const Tensor& hidden) const {
+  const Tensor& weight = output_weight();
+  const Tensor part = at::linear(copy_to_ranks(hidden, mesh_.tp), weight);
+  if (mesh_.tp.size() == 1) return part;
+  const int64_t before = mesh_.tp.rank() * weight.size(0),
+                after = config_.vocab_size - before - weight.size(0);
+  return sum_over_ranks(at::constant_pad_nd(part, {before, after}), mesh_.tp);
+}
 
 LossOutput TransformerImpl::loss(const Tensor& tokens, const Tensor& targets, const Packing& packing,
                                  const Tensor& token_weights) {
   ModelOutput output = hidden(tokens, packing);
   const auto device = output.hidden.device();
-  auto [loss, nll] =
-      ops::linear_cross_entropy(output.hidden, output_weight(), targets.to(device),
-                                token_weights.defined() ? token_weights.to(device) : token_weights);
+  const Group& tp = mesh_.tp;
+  const ops::VocabularyPart part{tp.rank() * output_weight().size(0), config_.vocab_size,
+                                 [&](Tensor& x) { tp.all_reduce_max(x); },
+                                 [&](Tensor& x) { tp.all_reduce_sum(x); }};
+  const Where where("the cross-entropy");
+  auto [loss, nll] = ops::linear_cross_entropy(
+      copy_to_ranks(output.hidden, tp), output_weight(), targets.to(device),
+      token_weights.defined() ? token_weights.to(device) : token_weights, 0, tp.size() > 1 ? &part : nullptr);
   return {loss, nll, output.aux_loss, std::move(output.loads)};
 }
 
 std::string TransformerImpl::first_non_finite(const Tensor& tokens, const Packing& packing) {
   const torch::NoGradGuard no_grad;
-  const auto finite = [](const Tensor& tensor) { return at::isfinite(tensor).all().item<bool>(); };
-  for (const auto& item : named_parameters()) {
-    if (!finite(item.value())) return item.key() + " is not finite";
-  }
   const auto device = model_->embed_tokens->weight.device();
-  const Rows rows{packing, make_positions(packing, nullptr).to(device), inv_freq_.to(device), nullptr};
+  const Rows rows{packing, make_positions(packing, nullptr).to(device), inv_freq_.to(device), nullptr, false};
   ModelOutput output;
-  output.aux_loss = at::zeros({}, at::TensorOptions(device).dtype(at::kFloat));
-  Tensor x = at::embedding(model_->embed_tokens->weight, tokens.to(device));
+  output.aux_loss = at::zeros({}, rows.inv_freq.options());
+  const auto finite = [](const Tensor& tensor) { return at::isfinite(tensor).all().item<bool>(); };
+  // Ranks go on, or stop, together.
+  const auto all_finite = [&](bool here) {
+    Tensor bad = at::full({1}, here ? 0.0 : 1.0, rows.inv_freq.options());
+    mesh_.world.all_reduce_max(bad);
+    return bad.item<float>() == 0;
+  };
+  std::string parameter;
+  for (const auto& item : named_parameters()) {
+    if (parameter.empty() && !finite(item.value())) parameter = item.key();
+  }
+  if (!all_finite(parameter.empty())) {
+    return (parameter.empty() ? "a parameter of another rank" : parameter) + " is not finite";
+  }
+  Tensor x = embed(tokens);
   for (const auto& layer : model_->layers) {
     x = layer->forward(std::move(x), rows, output);
     const std::string name = "model.layers." + std::to_string(layer->layer);
-    if (!finite(x)) return "the output of " + name + " is not finite";
-    if (!finite(output.aux_loss)) return "the auxiliary loss of " + name + " is not finite";
+    if (!all_finite(finite(x))) return "the output of " + name + " is not finite";
+    if (!all_finite(finite(output.aux_loss))) return "the auxiliary loss of " + name + " is not finite";
   }
   return "every layer's output is finite, so it is the logits or the targets";
 }
@@ -161,7 +239,7 @@ bool TransformerImpl::causal() const {
 
 int64_t TransformerImpl::num_params() const {
   int64_t n = 0;
-  for (const Tensor& p : parameters()) n += p.numel();
+  for (const WholeParameter& p : whole_parameters(*this)) n += c10::multiply_integers(p.shape);
   return n;
 }
 
@@ -174,7 +252,7 @@ int64_t TransformerImpl::num_active_params() const {
 }
 
 double TransformerImpl::flops_per_token(int64_t seq_len) const {
-  const int64_t looked_up = config_.tie_embeddings ? 0 : model_->embed_tokens->weight.numel();
+  const int64_t looked_up = config_.tie_embeddings ? 0 : config_.vocab_size * config_.dim;
   const int64_t attention = config_.num_layers * seq_len * config_.num_heads * config_.head_size();
   return 6.0 * static_cast<double>(num_active_params() - looked_up + attention);
 }

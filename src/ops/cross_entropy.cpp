@@ -76,6 +76,26 @@ void loss_rows(Tensor& logits, const Tensor& targets, const Tensor& token_weight
   logits.mul_(token_weights.masked_fill(ignored, 0).unsqueeze(1));
 }
 
+// The same with a part of the vocabulary's columns: maximum, sum of exponentials and the target's logit go
+// over the ranks.
+void loss_rows_of_part(Tensor& logits, const Tensor& targets, const Tensor& token_weights, bool gradient,
+                       const VocabularyPart& part, Tensor& nll) {
+  const Tensor ignored = targets == kIgnored, place = targets - part.first;
+  const Tensor elsewhere = (place < 0).logical_or_(place >= logits.size(1)).unsqueeze(1);
+  const Tensor column = place.unsqueeze(1).masked_fill(elsewhere, 0);
+  Tensor top = logits.amax(1);
+  part.all_reduce_max(top);
+  logits.sub_(top.unsqueeze(1));
+  const Tensor own = logits.gather(1, column).masked_fill_(elsewhere, 0).squeeze(1);
+  Tensor sums = at::stack({logits.exp_().sum(1), own});
+  part.all_reduce_sum(sums);
+  nll.copy_((sums[0].log() - sums[1]).masked_fill_(ignored, 0));
+  if (!gradient) return;
+  const Tensor weights = token_weights.masked_fill(ignored, 0);
+  logits.mul_((weights / sums[0]).unsqueeze(1));
+  logits.scatter_add_(1, column, -weights.unsqueeze(1).masked_fill(elsewhere, 0));
+}
+
 int64_t choose_chunk(int64_t rows, int64_t vocab) {
   // About 64 MiB of fp32 logits: large enough that reading and writing the weight's gradient once a chunk is
   // cheap.
@@ -86,7 +106,7 @@ int64_t choose_chunk(int64_t rows, int64_t vocab) {
 struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   static variable_list forward(AutogradContext* ctx, const Tensor& h, const Tensor& weight,
                                const Tensor& targets, const Tensor& token_weights, int64_t chunk, bool need_h,
-                               bool need_weight) {
+                               bool need_weight, const VocabularyPart* vocabulary) {
     const auto type = accumulate_type(h);
     const int64_t rows = h.size(0), vocab = weight.size(0);
     const bool gradient = need_h || need_weight, same_type = h.scalar_type() == type;
@@ -101,7 +121,12 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
       Tensor products = scratch.narrow(0, 0, n), part_nll = nll.narrow(0, start, n);
       at::mm_out(products, part, weight.t());
       Tensor logits = products.to(type);
-      loss_rows(logits, targets.narrow(0, start, n), token_weights.narrow(0, start, n), gradient, part_nll);
+      const Tensor part_targets = targets.narrow(0, start, n), weights = token_weights.narrow(0, start, n);
+      if (vocabulary == nullptr) {
+        loss_rows(logits, part_targets, weights, gradient, part_nll);
+      } else {
+        loss_rows_of_part(logits, part_targets, weights, gradient, *vocabulary, part_nll);
+      }
       if (!gradient) continue;
       if (!same_type) products.copy_(logits);
       if (need_h) {
@@ -143,14 +168,15 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
       if (dh.defined()) dh.mul_(scale);
       if (dw.defined()) dw.mul_(scale);
     }
-    return {dh, dw, {}, {}, {}, {}, {}};
+    return {dh, dw, {}, {}, {}, {}, {}, {}};
   }
 };
 
 }  // namespace
 
 CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const Tensor& targets,
-                                  const Tensor& token_weights, int64_t chunk_rows) {
+                                  const Tensor& token_weights, int64_t chunk_rows,
+                                  const VocabularyPart* part) {
   TORCH_CHECK(h.dim() == 2, "linear_cross_entropy: h must be [T, D], got ", h.sizes());
   const int64_t rows = h.size(0), vocab = weight.dim() == 2 ? weight.size(0) : 0;
   TORCH_CHECK(vocab > 0 && weight.size(1) == h.size(1), "linear_cross_entropy: weight must be [V, ",
@@ -161,13 +187,17 @@ CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const T
   TORCH_CHECK(!token_weights.defined() || (token_weights.dim() == 1 && token_weights.size(0) == rows),
               "linear_cross_entropy: token_weights must be [", rows, "], got ", token_weights.sizes());
   TORCH_CHECK(chunk_rows >= 0, "linear_cross_entropy: chunk_rows must not be negative, got ", chunk_rows);
+  const int64_t all = part != nullptr ? part->size : vocab;
+  TORCH_CHECK(part == nullptr || (part->first >= 0 && part->first + vocab <= all),
+              "linear_cross_entropy: weight's rows must lie in the vocabulary of ", all, ", got ", vocab,
+              " from ", part->first);
   if (targets.is_cpu()) {
     const Tensor wrong =
-        ((targets != kIgnored).logical_and_((targets < 0).logical_or_(targets >= vocab))).nonzero();
+        ((targets != kIgnored).logical_and_((targets < 0).logical_or_(targets >= all))).nonzero();
     if (wrong.size(0) > 0) {
       const int64_t row = wrong[0][0].item<int64_t>();
       TORCH_CHECK(false, "linear_cross_entropy: target ", targets[row].item<int64_t>(), " of row ", row,
-                  " is outside [0, ", vocab, ")");
+                  " is outside [0, ", all, ")");
     }
   }
   const auto options = h.options().dtype(accumulate_type(h));
@@ -176,7 +206,7 @@ CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const T
   const bool grad = at::GradMode::is_enabled();
   const auto out = LinearCrossEntropy::apply(h, weight, targets.contiguous(), weights,
                                              chunk_rows > 0 ? chunk_rows : choose_chunk(rows, vocab),
-                                             grad && h.requires_grad(), grad && weight.requires_grad());
+                                             grad && h.requires_grad(), grad && weight.requires_grad(), part);
   return {out[0], out[1]};
 }
 

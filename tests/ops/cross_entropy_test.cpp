@@ -1,5 +1,8 @@
 #include "hymoe/ops/cross_entropy.h"
 
+#include <barrier>
+#include <thread>
+
 #include "hymoe/ops/plain.h"
 #include "ops/gradcheck.h"
 
@@ -84,6 +87,63 @@ TEST(LinearCrossEntropy, TakesNoRowsAndRefusesWrongInput) {
         linear_cross_entropy(h, weight, ints({0, 1, 2}), at::zeros({2}));
       },
       "token_weights must be [3]");
+}
+
+// What the ranks of threads hand to one another.
+struct Meeting {
+  std::barrier<> barrier;
+  Tensors handed;
+
+  std::function<void(Tensor&)> reduce(size_t rank, Tensor (*both)(const Tensor&, const Tensor&)) {
+    return [this, rank, both](Tensor& x) {
+      handed[rank] = x;
+      barrier.arrive_and_wait();
+      Tensor all = handed[0];
+      for (size_t i = 1; i < handed.size(); ++i) all = both(all, handed[i]);
+      barrier.arrive_and_wait();
+      x.copy_(all);
+    };
+  }
+};
+
+TEST(LinearCrossEntropy, PartsOfAVocabularyEqualTheWhole) {
+  const Tensor targets = ints({3, -100, 0, 11, 5, 6, -100}), weights = at::rand({7}, at::kDouble);
+  const Tensors in{leaf({7, 4}), leaf({12, 4}, at::kDouble, 3)};
+  const Tensor scale = at::full({}, 0.7, at::kDouble);
+  const Tensors whole = gradients(plain_op(targets, weights), in, scale);
+  const CrossEntropy wanted = plain::linear_cross_entropy(in[0], in[1], targets, weights);
+  for (const int64_t chunk : {0, 3}) {
+    for (const size_t ranks : {2, 3}) {
+      Meeting meeting{std::barrier<>(static_cast<int64_t>(ranks)), Tensors(ranks)};
+      const int64_t rows = 12 / static_cast<int64_t>(ranks);
+      std::vector<CrossEntropy> results(ranks);
+      Tensors dh(ranks), dw(ranks);
+      std::vector<std::thread> threads;
+      for (size_t rank = 0; rank < ranks; ++rank) {
+        threads.emplace_back([&, rank] {
+          const int64_t first = static_cast<int64_t>(rank) * rows;
+          const Tensor h = in[0].detach().requires_grad_(), w = in[1].detach().narrow(0, first, rows);
+          const Tensor weight = w.clone().requires_grad_();
+          const VocabularyPart part{
+              first, 12, meeting.reduce(rank, at::maximum),
+              meeting.reduce(rank, [](const Tensor& a, const Tensor& b) { return a + b; })};
+          results[rank] = linear_cross_entropy(h, weight, targets, weights, chunk, &part);
+          const Tensors found = torch::autograd::grad({results[rank].loss}, {h, weight}, {scale});
+          dh[rank] = found[0], dw[rank] = found[1];
+        });
+      }
+      for (std::thread& thread : threads) thread.join();
+      for (const CrossEntropy& result : results) {
+        expect_close(result.loss, wanted.loss, 1e-12);
+        expect_close(result.nll, wanted.nll, 1e-12);
+      }
+      expect_close(at::stack(dh).sum(0), whole[0], 1e-12);
+      expect_close(at::cat(dw), whole[1], 1e-12);
+    }
+  }
+  const VocabularyPart part{8, 12};
+  expect_error([&] { linear_cross_entropy(in[0], in[1], targets, {}, 0, &part); },
+               "weight's rows must lie in the vocabulary of 12, got 12 from 8");
 }
 
 }  // namespace

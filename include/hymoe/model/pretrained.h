@@ -24,10 +24,11 @@ ModelConfig read_model_config(const std::filesystem::path& dir);
 nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype);
 
 /// A model from a folder: config.json, and model.safetensors or its shards in F32, F16 or BF16. Parameters
-/// become `dtype`; buffers keep theirs. Tensors are read one at a time. A missing, extra or misshapen tensor
-/// is a DataError that lists the names; a tied lm_head.weight may be present if it equals the embedding.
+/// become `dtype`; buffers keep theirs. Tensors are read one at a time, of each this rank's part. A missing,
+/// extra or misshapen tensor is a DataError that lists the names; a tied lm_head.weight may be present if it
+/// equals the embedding.
 Transformer load_pretrained(const std::filesystem::path& dir, at::Device device = at::kCPU,
-                            at::ScalarType dtype = at::kFloat);
+                            at::ScalarType dtype = at::kFloat, const Mesh& mesh = {});
 
 /// The same into a model that is there (its device, its dtypes), from a folder with the tensors of its names.
 void load_weights(Transformer& model, const std::filesystem::path& dir);

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+#include <string>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -23,5 +25,17 @@ struct ParameterShard {
 /// experts, embedding and output to their tensor-parallel rank; norms, routers and biases of the residual
 /// stream are on all.
 std::vector<ParameterShard> parameter_shards(const Transformer& model);
+std::vector<ParameterShard> parameter_shards(const TransformerImpl& model);
+
+/// A parameter of the whole model.
+struct WholeParameter {
+  std::string name = {};
+  std::vector<int64_t> shape = {};
+  int64_t index = -1;  // in parameter_shards(); -1: all of it is on other ranks of mesh.ep
+};
+
+/// All parameters of the whole model, in the order that they have in one process.
+std::vector<WholeParameter> whole_parameters(const Transformer& model);
+std::vector<WholeParameter> whole_parameters(const TransformerImpl& model);
 
 }  // namespace hymoe

@@ -54,35 +54,41 @@ struct LinearImpl;
 ///
 /// Fresh weights are drawn from torch's generator: N(0, 0.02), those that write to the residual stream
 /// (o_proj, down_proj) N(0, 0.02 / sqrt(2·num_layers)) (GPT-2), norms 1, biases 0; what else a MoE layer has
-/// begins as its class says.
+/// begins as its class says. They do not depend on the mesh.
 class TransformerImpl : public torch::nn::Module {
  public:
-  /// Throws ConfigError for a config that does not hold together.
+  /// The part of this rank of `mesh`: its data ranks have their own documents, its tp ranks the same. Throws
+  /// ConfigError for a config that does not hold together, or that the mesh cannot divide.
   explicit TransformerImpl(ModelConfig config, Mesh mesh = {}, Init init = Init::kRandom);
 
   /// With a cache the documents of `packing` continue those of the cache, `packing.state` is the cache's,
   /// there are no gradients, padding is refused, and so is (ConfigError) a router that is not causal unless
   /// its config allows it.
   ModelOutput hidden(const Tensor& tokens, const Packing& packing, KVCache* cache = nullptr);
-  /// [T, D] -> [T, vocab_size], in the dtype of hidden.
+  /// [T, D] -> [T, vocab_size] on every rank, in the dtype of hidden.
   Tensor logits(const Tensor& hidden) const;
   /// Cross-entropy without whole logits. targets [T] int64, -100 = no loss; token_weights [T] fp32, undefined
   /// = 1.
   LossOutput loss(const Tensor& tokens, const Tensor& targets, const Packing& packing,
                   const Tensor& token_weights = {});
   /// For errors: the first parameter, or else the first layer's output of a forward pass, that holds a number
-  /// that is not finite, as text.
+  /// that is not finite, as text. All ranks call it.
   std::string first_non_finite(const Tensor& tokens, const Packing& packing);
   /// After an optimizer step: routers balance their biases and move their cut-offs.
   void end_step(const Group& group = {});
 
+  /// Whether the backward pass shall run attention and experts of each block again instead of keeping what
+  /// they need; routers run once. At first not. Results are the same bit for bit.
+  void set_recompute(bool recompute) { recompute_ = recompute; }
+
   const ModelConfig& config() const { return config_; }
+  const Mesh& mesh() const { return mesh_; }
   /// The MoE layer at `layer`. Throws for a dense layer.
   MoE moe(int64_t layer) const;
   /// Whether no output can depend on later rows of its document.
   bool causal() const;
 
-  /// Parameters, shared ones once.
+  /// Parameters of the whole model, whatever this rank has of it, shared ones once; what follows likewise.
   int64_t num_params() const;
   /// Parameters that one token meets on average: all outside the MoE layers, and what MoE::num_active_params
   /// counts in them.
@@ -95,8 +101,11 @@ class TransformerImpl : public torch::nn::Module {
  private:
   void reset_parameters();
   const Tensor& output_weight() const;
+  Tensor embed(const Tensor& tokens) const;
 
   ModelConfig config_;
+  Mesh mesh_;
+  bool recompute_ = false;
   std::shared_ptr<DecoderImpl> model_;
   std::shared_ptr<LinearImpl> lm_head_;  // nullptr when tied
   Tensor inv_freq_;                      // [head size / 2] fp32 on the CPU
