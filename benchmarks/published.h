@@ -1,9 +1,12 @@
 #pragma once
 
+#include <string>
 #include <utility>
 #include <vector>
 
 #include <torch/types.h>
+
+#include "hymoe/moe/moe.h"
 
 // The published hybrid layer's algorithm (MultiPL-MoE, arXiv 2508.19268) in plain tensor operations, as its
 // code goes about it: windows are gathered and scattered by one-hot products as long as the text, the choice
@@ -34,6 +37,28 @@ class PublishedLayer {
     std::vector<Tensor> all{router_};
     for (const auto& [in, out] : experts_) all.insert(all.end(), {in, out});
     return all;
+  }
+
+  /// The same weights for `moe`, a layer of token experts with the shared one inside and of segment experts.
+  void copy_to(hymoe::MoE moe) const {
+    const at::NoGradGuard no_grad;
+    auto to = moe->named_parameters();
+    const int64_t n = c_.experts, last = n - 1;
+    to["token.router.weight"].copy_(router_.narrow(0, 0, n));
+    to["segment.router.weight"].copy_(router_.narrow(0, n, n));
+    for (int64_t e = 0; e < 2 * n; ++e) {
+      const auto& [in, out] = experts_[e];
+      if (e == last) {
+        const auto parts = in.chunk(2);
+        to["shared_expert.gate_proj.weight"].copy_(parts[0]);
+        to["shared_expert.up_proj.weight"].copy_(parts[1]);
+        to["shared_expert.down_proj.weight"].copy_(out);
+        continue;
+      }
+      const std::string branch = e < n ? "token" : "segment";
+      to[branch + ".experts.gate_up_proj"][e < n ? e : e - n].copy_(in);
+      to[branch + ".experts.down_proj"][e < n ? e : e - n].copy_(out);
+    }
   }
 
   /// x [T, dim] -> [T, dim] and the token level's balance loss.

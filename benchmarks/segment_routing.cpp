@@ -6,8 +6,9 @@
 // linear: router, dispatch and combine of a hybrid layer, forward and backward, from 1k to 256k rows of one
 //   document: microseconds and bytes a row.
 // published: the published algorithm's one-hot products and hymoe's layer, with its settings and with the
-//   causal default, against a dense SwiGLU of equal active products: seconds, and the most bytes that tensors
-//   hold beside weights and input.
+//   causal default, against a dense SwiGLU of equal active products: seconds, the most bytes that tensors
+//   hold beside weights and input, and, between the first two of equal weights, the largest difference of
+//   outputs by their size.
 #include <iostream>
 #include <string>
 #include <vector>
@@ -107,25 +108,28 @@ void linear(const std::string& score, const std::string& select, int64_t rounds)
   }
 }
 
-Contender published_layer() {
+void published(int64_t rows, int64_t rounds) {
+  const Tensor x = measure::input(rows, kDim);
+  const auto packing = hymoe::Packing::of(1, rows);
   const measure::PublishedLayer layer({.dim = kDim, .hidden = 512, .experts = 6});
+  hymoe::MoEConfig config = hybrid("own", "expert_choice");
+  config.branches[1].router.gate_scale = "window";
+  const hymoe::MoE ours(config);
+  layer.copy_to(ours);
   const auto loss = [layer](const Tensor& x) {
     const auto [y, balance] = layer.forward(x);
     return y.square().mean() + balance;
   };
-  return {loss, layer.parameters()};
-}
-
-void published(int64_t rows, int64_t rounds) {
-  const Tensor x = measure::input(rows, kDim);
-  const auto packing = hymoe::Packing::of(1, rows);
-  const auto ours = measure::calibrated(hybrid("own", "expert_choice"), x, packing);
   const auto causal = measure::calibrated(hybrid("previous", "threshold"), x, packing);
   std::vector<std::pair<std::string, Contender>> all{
       {"dense", measure::dense(kDim, measure::active_hidden(ours, x, packing))},
-      {"published", published_layer()},
+      {"published", {loss, layer.parameters()}},
       {"own expert_choice", measure::layer(ours, packing)},
       {"previous threshold", measure::layer(causal, packing)}};
+  const at::Tensor expected = layer.forward(x.detach()).first.detach();
+  const double difference =
+      ((hymoe::MoE(ours)->forward(x.detach(), packing).y - expected).abs().max() / expected.abs().max())
+          .item<double>();
   std::vector<Contender*> contenders;
   for (auto& [name, contender] : all) contenders.push_back(&contender);
   std::vector<double> mebibytes;
@@ -136,11 +140,13 @@ void published(int64_t rows, int64_t rounds) {
   }
   measure::alternate(contenders, x, rounds);
   for (size_t i = 0; i < all.size(); ++i) {
-    print({{"case", all[i].first},
-           {"rows", rows},
-           {"seconds", contenders[i]->median()},
-           {"of_dense", contenders[0]->median() / contenders[i]->median()},
-           {"peak_mib", mebibytes[i]}});
+    Json line{{"case", all[i].first},
+              {"rows", rows},
+              {"seconds", contenders[i]->median()},
+              {"of_dense", contenders[0]->median() / contenders[i]->median()},
+              {"peak_mib", mebibytes[i]}};
+    if (all[i].first == "own expert_choice") line["difference"] = difference;
+    print(line);
   }
 }
 
