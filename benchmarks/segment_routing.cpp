@@ -56,17 +56,18 @@ void selection(const std::string& score, const std::string& select, int64_t roun
   const Tensor logits = at::randn({kWindows, kExperts});
   const auto windows = hymoe::Packing::of(1, kWindows);
   const auto choice = hymoe::routers().make("segment", {kExperts, kExperts, branch.router});
-  choice->forward(logits, windows);
+  seconds_of_routing(*choice, logits, windows);
   choice->end_step({});
 
   std::vector<double> choosing, routing;
   for (int64_t round = 0; round <= rounds; ++round) {
-    const double seconds[] = {seconds_of_routing(*choice, logits, windows),
-                              seconds_of_routing(*moe->router(0), x.detach(), packing), layer.step(x)};
+    const double step = layer.step(x);
     if (round == 0) continue;
-    choosing.push_back(seconds[0]);
-    routing.push_back(seconds[1]);
-    layer.seconds.push_back(seconds[2]);
+    layer.seconds.push_back(step);
+    for (int i = 0; i < 5; ++i) {
+      choosing.push_back(seconds_of_routing(*choice, logits, windows));
+      routing.push_back(seconds_of_routing(*moe->router(0), x.detach(), packing));
+    }
   }
   const double whole = layer.median();
   print({{"case", score + " " + select},
