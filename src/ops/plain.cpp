@@ -158,8 +158,9 @@ Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tens
   const Tensor count = at::zeros({units + 1}, offsets.options()).index_add(0, unit, at::ones_like(row));
   const Tensor some = count.narrow(0, 0, units).unsqueeze(1);
   if (!max) {
-    const Tensor sum = at::zeros({units + 1, x.size(1)}, x.options()).index_add(0, unit, x);
-    return sum.narrow(0, 0, units) / some.clamp_min(1);
+    const Tensor seen = x.to(accumulate_type(x)).masked_fill((unit == units).unsqueeze(1), 0);
+    const Tensor sum = at::segment_reduce(seen, "sum", {}, {}, offsets, 0, /*unsafe=*/true);
+    return (sum / some.clamp_min(1)).to(x.scalar_type());
   }
   const Tensor index = unit.unsqueeze(1).expand_as(x), fixed = x.detach();
   const Tensor lowest = at::full({units + 1, x.size(1)}, -INFINITY, x.options());

@@ -1,5 +1,4 @@
-// Routing has no step whose memory grows with the square of the rows, and none that the host makes, or waits
-// for, an expert or a window at a time.
+// What routing costs as rows, windows and experts become many.
 #include <ATen/record_function.h>
 #include <gtest/gtest.h>
 
@@ -58,8 +57,7 @@ void step(MoE moe, int64_t rows) {
   (out.y.square().mean() + out.aux_loss).backward();
 }
 
-// law
-TEST(RoutingCost, MemoryIsLinearInTheRows) {
+TEST(RoutingCost, MemoryIsLinearInTheRows) {  // law 11
   for (const Mode& mode : kModes) {
     for (const std::string pool : {"micro_batch", "sequence"}) {
       MoE moe = layer_of(mode, 4, pool);
@@ -76,8 +74,7 @@ TEST(RoutingCost, MemoryIsLinearInTheRows) {
   }
 }
 
-// law
-TEST(RoutingCost, StepsOfTheHostDoNotGrowWithWindows) {
+TEST(RoutingCost, StepsOfTheHostDoNotGrowWithWindows) {  // law 11
   for (const Mode& mode : kModes) {
     MoE moe = layer_of(mode, 4);
     const auto of = [&](int64_t rows) {
@@ -91,8 +88,7 @@ TEST(RoutingCost, StepsOfTheHostDoNotGrowWithWindows) {
   }
 }
 
-// law
-TEST(RoutingCost, TheHostWaitsForNoExpert) {
+TEST(RoutingCost, TheHostWaitsForNoExpert) {  // law 11
   for (const Mode& mode : kModes) {
     const auto of = [&](int64_t experts) {
       MoE moe = layer_of(mode, experts);
