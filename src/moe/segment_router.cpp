@@ -126,15 +126,14 @@ Tensor SegmentRouter::prefix(const Tensor& pooled, const Windows& w, DecodeState
 // `keep` rows are kept for the next. A window begun in an earlier call is among the kept already.
 struct SegmentRouter::Joined {
   Tensor rows, position;
-  Tensor place;         // [U] the row of each window of the call
-  int64_t longest = 0;  // rows of a document
+  Tensor place;  // [U] the row of each window of the call
 };
 
 SegmentRouter::Joined SegmentRouter::join_kept(const Tensor& x, const Windows& w, DecodeState* state,
                                                const std::string& name, int64_t keep) {
-  if (!state || w.documents.empty()) return {x, w.position, {}, w.longest};
+  if (!state || w.documents.empty()) return {x, w.position, {}};
   std::vector<Tensor> rows, positions, places;
-  int64_t begin = 0, joined = 0, longest = 0;
+  int64_t begin = 0, joined = 0;
   size_t open = 0;
   for (size_t d = 0; d < w.documents.size(); ++d) {
     Tensor& kept = state->slot(this)[name + std::to_string(w.documents[d])];
@@ -149,11 +148,10 @@ SegmentRouter::Joined SegmentRouter::join_kept(const Tensor& x, const Windows& w
     places.push_back(at::arange(joined + held - is_open, joined + size, w.position.options()));
     const int64_t keeping = std::min(size, keep);
     kept = all.narrow(0, size - keeping, keeping).detach();
-    longest = std::max(longest, size);
     begin = end;
     joined += size;
   }
-  return {at::cat(rows), at::cat(positions), at::cat(places), longest};
+  return {at::cat(rows), at::cat(positions), at::cat(places)};
 }
 
 Tensor SegmentRouter::sliding(const Tensor& x, const Windows& w, DecodeState* state) {
@@ -165,7 +163,7 @@ Tensor SegmentRouter::sliding(const Tensor& x, const Windows& w, DecodeState* st
 
 Tensor SegmentRouter::prefix_choice(const Tensor& logits, const Windows& w, DecodeState* state) {
   const Joined joined = join_kept(logits, w, state, "logits", std::numeric_limits<int64_t>::max());
-  Tensor rank = rank_among_earlier(joined.rows, joined.position, joined.longest);
+  Tensor rank = ops::rank_among_earlier(joined.rows, joined.position);
   if (joined.place.defined()) rank = rank.index_select(0, joined.place);
   const Tensor offset = at::arange(num_experts_, logits.options().dtype(at::kDouble)) + 0.5;
   const Tensor share = (w.ordinal + 1).to(at::kDouble).unsqueeze(1) * config_.capacity;
@@ -218,9 +216,8 @@ void SegmentRouter::decide(const Tensor& logits, const Scoring& scoring, const W
   } else {
     d.scores = sigmoid ? at::sigmoid(logits) : at::softmax(logits, 1);
     const Tensor who = taken(logits, scoring, w, state, d);
-    const auto ranked = d.scores.detach().masked_fill(who.logical_not(), -kInfinity).sort(true, 1, true);
-    const int64_t slots = std::min(config_.bucket, num_experts_);
-    const Tensor best = std::get<1>(ranked).narrow(1, 0, slots);
+    const Tensor best = ops::topk_ids(d.scores.detach().masked_fill(who.logical_not(), -kInfinity),
+                                      std::min(config_.bucket, num_experts_));
     d.ids = best.masked_fill(who.gather(1, best).logical_not(), -1);
     d.weights = d.scores.gather(1, best);
   }

@@ -96,14 +96,6 @@ Tensor sliding_pool(const Tensor& x, const Tensor& position, int64_t length, boo
   return max ? window : window / (position + 1).clamp_max(length).unsqueeze(1);
 }
 
-Tensor rank_among_earlier(const Tensor& values, const Tensor& position, int64_t longest) {
-  Tensor rank = at::zeros_like(values, at::kLong);
-  for (int64_t lag = 1; lag < longest; ++lag) {
-    rank.add_(shifted(values, position, lag, -kInfinity) > values);
-  }
-  return rank;
-}
-
 Tensor expert_choice(const Tensor& scores, const Tensor& size, double capacity, int64_t bucket,
                      const Windows* by_document) {
   const Tensor real = size > 0;

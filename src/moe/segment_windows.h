@@ -41,10 +41,6 @@ Tensor document_scan(const Tensor& x, const Tensor& position, int64_t longest, d
 /// y[t] = maximum or mean of the last `length` rows of the document up to t, in log(length) steps.
 Tensor sliding_pool(const Tensor& x, const Tensor& position, int64_t length, bool max);
 
-/// rank[u, e]: how many rows of u's document before it have larger values. [U, E] -> [U, E] int64, in
-/// `longest` steps of memory [U, E].
-Tensor rank_among_earlier(const Tensor& values, const Tensor& position, int64_t longest);
-
 /// [U, E] bool: experts in order each take windows of highest score among those that fewer than `bucket`
 /// experts have, while the sizes taken stay within sum of sizes·capacity / E, rounded down. size [U], 0 for
 /// padding. All windows are one pool, or, with `by_document`, those of each document. Every step is of a

@@ -149,21 +149,52 @@ CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const T
 }
 
 Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding) {
-  const auto at = to_vector(offsets);
-  std::vector<Tensor> pooled{x.narrow(0, 0, 0)};
-  for (size_t u = 0; u + 1 < at.size(); ++u) {
-    Tensor rows = x.narrow(0, at[u], at[u + 1] - at[u]);
-    if (padding.defined()) {
-      rows = rows.index_select(
-          0, padding.narrow(0, at[u], at[u + 1] - at[u]).logical_not().nonzero().squeeze(1));
-    }
-    if (rows.size(0) == 0) {
-      pooled.push_back(x.new_zeros({1, x.size(1)}));
-    } else {
-      pooled.push_back(max ? std::get<0>(rows.max(0, /*keepdim=*/true)) : rows.mean(0, /*keepdim=*/true));
-    }
+  const int64_t rows = x.size(0), units = offsets.size(0) - 1;
+  const Tensor row = at::arange(rows, offsets.options());
+  // The unit of each row; what lies in none goes to one more.
+  Tensor unit = at::searchsorted(offsets, row, /*out_int32=*/false, /*right=*/true) - 1;
+  unit = unit.masked_fill(unit < 0, units);
+  if (padding.defined()) unit = unit.masked_fill(padding, units);
+  const Tensor count = at::zeros({units + 1}, offsets.options()).index_add(0, unit, at::ones_like(row));
+  const Tensor some = count.narrow(0, 0, units).unsqueeze(1);
+  if (!max) {
+    const Tensor seen = x.to(accumulate_type(x)).masked_fill((unit == units).unsqueeze(1), 0);
+    const Tensor sum = at::segment_reduce(seen, "sum", {}, {}, offsets, 0, /*unsafe=*/true);
+    return (sum / some.clamp_min(1)).to(x.scalar_type());
   }
-  return at::cat(pooled);
+  const Tensor index = unit.unsqueeze(1).expand_as(x), fixed = x.detach();
+  const Tensor lowest = at::full({units + 1, x.size(1)}, -INFINITY, x.options());
+  const Tensor largest = lowest.scatter_reduce(0, index, fixed, "amax").index_select(0, unit);
+  const Tensor candidate = at::where(fixed.eq(largest).logical_or(fixed.isnan()), row.unsqueeze(1), rows);
+  const Tensor first =
+      at::full(lowest.sizes(), rows, row.options()).scatter_reduce(0, index, candidate, "amin");
+  const Tensor source = at::where(some > 0, first.narrow(0, 0, units), rows);
+  return at::cat({x, x.new_zeros({1, x.size(1)})}).gather(0, source);
+}
+
+// By the bits of a value's place in the order of (document, value), from the highest on: rows whose places
+// agree in the bits before lie together, in order of rows, and those with this bit are larger than those
+// without.
+Tensor rank_among_earlier(const Tensor& values, const Tensor& position) {
+  const int64_t units = values.size(0), experts = values.size(1);
+  int64_t size = 1;
+  while (size < units) size *= 2;
+  const Tensor document = (position == 0).cumsum(0);
+  Tensor order = at::argsort(values.t(), /*stable=*/true, 1, /*descending=*/false);
+  const Tensor documents = document.index_select(0, order.reshape(-1)).view_as(order);
+  order = order.gather(1, at::argsort(documents, /*stable=*/true, 1, /*descending=*/false));
+  const Tensor all = at::arange(size, order.options());
+  Tensor place = all.repeat({experts, 1});  // rows behind the last are no row's earlier ones
+  place.scatter_(1, order, all.narrow(0, 0, units).expand_as(order));
+  Tensor state = place;  // place + size·rank
+  for (int64_t half = size / 2; half >= 1; half /= 2) {
+    const Tensor groups = state.view({experts, -1, 2 * half});
+    const Tensor high = at::bitwise_and(groups, half) != 0;
+    const Tensor larger = high.cumsum(2);
+    const Tensor to = at::where(high, larger + (half - 1), all.narrow(0, 0, 2 * half) - larger);
+    state = at::empty_like(groups).scatter_(2, to, groups + at::where(high, 0, larger) * size);
+  }
+  return state.view({experts, size}).gather(1, place.narrow(1, 0, units)).div(size, "floor").t();
 }
 
 }  // namespace hymoe::ops::plain

@@ -107,6 +107,33 @@ struct SegmentPool : Function<SegmentPool> {
   }
 };
 
+template <class T>
+struct Ranked {
+  T value;
+  int32_t row, rank;
+};
+
+// Sorts rows, descending, by merging; what a row passes when it is merged into earlier ones is larger.
+template <class T>
+void rank_by_merging(std::vector<Ranked<T>>& rows, std::vector<Ranked<T>>& merged) {
+  const int64_t n = static_cast<int64_t>(rows.size());
+  merged.resize(n);
+  for (int64_t half = 1; half < n; half *= 2) {
+    for (int64_t begin = 0; begin < n; begin += 2 * half) {
+      const int64_t middle = std::min(begin + half, n), end = std::min(begin + 2 * half, n);
+      int64_t earlier = begin, later = middle;
+      for (int64_t to = begin; to < end; ++to) {
+        const bool passes = later == end || (earlier < middle && rows[earlier].value > rows[later].value);
+        merged[to] = rows[passes ? earlier : later];
+        merged[to].rank += passes ? 0 : static_cast<int32_t>(earlier - begin);
+        earlier += passes;
+        later += !passes;
+      }
+    }
+    rows.swap(merged);
+  }
+}
+
 }  // namespace
 
 Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding) {
@@ -126,6 +153,36 @@ Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tens
               "segment_pool: offsets must rise within [0, ", x.size(0), "], got ", first[0], " to ", end[-1]);
   return SegmentPool::apply(x.contiguous(), at, max,
                             padding.defined() ? std::optional<Tensor>(padding.contiguous()) : std::nullopt);
+}
+
+Tensor rank_among_earlier(const Tensor& values, const Tensor& position) {
+  TORCH_CHECK(values.dim() == 2 && position.dim() == 1 && position.size(0) == values.size(0) &&
+                  position.scalar_type() == at::kLong,
+              "rank_among_earlier: values must be [U, E] and position [U] int64, got ", values.sizes(),
+              " and ", position.toString(), " ", position.sizes());
+  if (!values.is_cpu()) return plain::rank_among_earlier(values, position);
+  const Tensor columns = values.t().contiguous(), places = position.contiguous();
+  const int64_t units = values.size(0);
+  Tensor rank = at::empty(columns.sizes(), places.options());
+  AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "rank_among_earlier", [&] {
+    const scalar_t* value = columns.const_data_ptr<scalar_t>();
+    const int64_t* place = places.const_data_ptr<int64_t>();
+    int64_t* out = rank.mutable_data_ptr<int64_t>();
+    cpu::parallel_for(columns.size(0), cpu::row_grain(units), [&](int64_t first, int64_t last) {
+      std::vector<Ranked<scalar_t>> rows, merged;
+      for (int64_t e = first; e < last; ++e) {
+        for (int64_t begin = 0, end = 0; begin < units; begin = end) {
+          rows.clear();
+          for (; end == begin || (end < units && place[end] > 0); ++end) {
+            rows.push_back({value[e * units + end], static_cast<int32_t>(end - begin), 0});
+          }
+          rank_by_merging(rows, merged);
+          for (const auto& row : rows) out[e * units + begin + row.row] = row.rank;
+        }
+      }
+    });
+  });
+  return rank.t();
 }
 
 }  // namespace hymoe::ops

@@ -40,8 +40,10 @@ TEST(SegmentPool, EqualsThePlainCompositionAndDifferences) {
 
 TEST(SegmentPool, FirstOfEqualMaximaGetsTheGradient) {
   const Tensor x = at::ones({3, 1}, at::kDouble).set_requires_grad(true);
-  const auto g = gradients(pool_op(ints({0, 3}), true), {x}, at::ones({1, 1}, at::kDouble));
-  EXPECT_TRUE(g[0].equal(at::tensor({1., 0., 0.}, at::kDouble).view({3, 1})));
+  for (const Op& op : {pool_op(ints({0, 3}), true), plain_op(ints({0, 3}), true)}) {
+    const auto g = gradients(op, {x}, at::ones({1, 1}, at::kDouble));
+    EXPECT_TRUE(g[0].equal(at::tensor({1., 0., 0.}, at::kDouble).view({3, 1})));
+  }
 }
 
 TEST(SegmentPool, TakesNoRowsAndRefusesWrongInput) {
@@ -57,6 +59,32 @@ TEST(SegmentPool, TakesNoRowsAndRefusesWrongInput) {
         segment_pool(at::zeros({4, 3}), ints({0, 4}), true, at::zeros({4}));
       },
       "segment_pool: padding must be [4] bool");
+}
+
+Tensor ranks_by_hand(const Tensor& values, const Tensor& position) {
+  Tensor rank = at::zeros_like(values, at::kLong);
+  for (int64_t u = 0; u < values.size(0); ++u) {
+    const int64_t place = position[u].item<int64_t>();
+    rank[u] = (values.narrow(0, u - place, place) > values[u]).sum(0);
+  }
+  return rank;
+}
+
+TEST(RankAmongEarlier, CountsTheLargerRowsOfTheDocumentBefore) {
+  for (const std::vector<int64_t>& lengths :
+       {std::vector<int64_t>{1}, {37}, {64}, {5, 1, 1, 40, 16}, {1, 1, 1}, {}}) {
+    std::vector<Tensor> positions{ints({})};
+    for (const int64_t length : lengths) positions.push_back(at::arange(length));
+    const Tensor position = at::cat(positions);
+    for (const auto type : {at::kFloat, at::kDouble}) {
+      const Tensor normal = at::randn({position.size(0), 3}, type);
+      for (const Tensor& values : {normal, (normal * 2).round()}) {  // the second has equal ones
+        const Tensor expected = ranks_by_hand(values, position);
+        EXPECT_TRUE(rank_among_earlier(values, position).equal(expected)) << lengths;
+        EXPECT_TRUE(plain::rank_among_earlier(values, position).equal(expected)) << lengths;
+      }
+    }
+  }
 }
 
 }  // namespace

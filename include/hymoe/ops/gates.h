@@ -23,6 +23,10 @@ struct GateOptions {
   double scale = 1;                 ///< weights are multiplied by this at the end
 };
 
+/// [T, top_k] int64: the columns of the largest scores [T, E] of each row, best first; of equal ones the
+/// lower index first.
+Tensor topk_ids(const Tensor& scores, int64_t top_k);
+
 /// Chooses top_k experts a row of logits [T, E (+1 with shared_last)] by score plus selection_bias [E] (which
 /// moves the choice, not the weight: DeepSeek-V3, arXiv 2412.19437, eq. 16) and weighs them. Works in fp32.
 Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor& selection_bias = {});

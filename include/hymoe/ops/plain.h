@@ -26,5 +26,6 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const Tensor& targets,
                                   const Tensor& token_weights);
 Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding);
+Tensor rank_among_earlier(const Tensor& values, const Tensor& position);
 
 }  // namespace hymoe::ops::plain

@@ -11,4 +11,8 @@ using at::Tensor;
 /// mean. A unit without rows gives 0. Of equal maxima the first gets the gradient.
 Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding = {});
 
+/// rank[u, e]: how many rows of u's document before it have larger values. values [U, E], position [U] int64,
+/// the place of each row in its document -> [U, E] int64. O(U·E·log U) work, O(U·E) memory.
+Tensor rank_among_earlier(const Tensor& values, const Tensor& position);
+
 }  // namespace hymoe::ops
