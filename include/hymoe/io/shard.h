@@ -34,4 +34,19 @@ struct Shard {
                     const std::function<void(int64_t local, int64_t whole, int64_t count)>& run) const;
 };
 
+/// Values of the local elements [begin, begin + n) of a shard's part; what is written into files and read
+/// from them.
+struct TensorPart {
+  Shard shard = {};
+  int64_t begin = 0;
+  Tensor values = {};  // [n], contiguous, on any device
+
+  /// All of a contiguous tensor, viewed.
+  static TensorPart whole(const std::string& name, const Tensor& tensor) {
+    return {.shard = {.name = name, .shape = tensor.sizes().vec()},
+            .begin = 0,
+            .values = tensor.detach().view(-1)};
+  }
+};
+
 }  // namespace hymoe
