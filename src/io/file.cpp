@@ -228,6 +228,34 @@ void AtomicDirectory::commit() {
   sync_path(parent_of(path_));
 }
 
+void reserve_file(const fs::path& path, int64_t size) {
+  FileDescriptor fd(::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+  if (!fd) fail(path, "cannot write");
+  const int error = ::posix_fallocate(fd.get(), 0, size);
+  if (error != 0) fail(path, "cannot reserve " + std::to_string(size) + " bytes", error);
+}
+
+SharedFile::SharedFile(fs::path path) : path_(std::move(path)) {
+  // Not to be read: a network file system would fetch the pages around, and write them back whole.
+  fd_ = FileDescriptor(::open(path_.c_str(), O_WRONLY | O_CLOEXEC));
+  if (!fd_) fail(path_, "cannot write");
+}
+
+void SharedFile::write(int64_t at, std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t written = ::pwrite(fd_.get(), bytes.data(), bytes.size(), at);
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) fail(path_, "cannot write");
+    at += written;
+    bytes = bytes.subspan(static_cast<size_t>(written));
+  }
+}
+
+void SharedFile::commit() {
+  sync(fd_.get(), path_);
+  if (!fd_.close()) fail(path_, "cannot close");
+}
+
 void write_file_atomic(const fs::path& path, std::span<const std::byte> bytes) {
   AtomicFile file(path);
   file.write(bytes);

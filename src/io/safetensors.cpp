@@ -247,6 +247,28 @@ Tensor SafetensorsFile::tensor(const std::string& name) const {
       const_cast<std::byte*>(bytes), info.shape, [keep = file_](void*) {}, options);
 }
 
+void SafetensorsFile::read(const TensorPart& part) const {
+  const auto& [shard, begin, values] = part;
+  TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), "read: ", shard.name,
+              ": values must be [n] and contiguous, got ", values.sizes());
+  const TensorInfo& info = this->info(shard.name);
+  const at::ScalarType wanted = values.scalar_type();
+  if (info.shape != shard.shape || !reads_as(info.dtype, wanted)) {
+    throw DataError(path().string(), "tensor " + quoted(shard.name) + ": expected " + c10::toString(wanted) +
+                                         " " + join(shard.shape) + ", got " + c10::toString(info.dtype) +
+                                         " " + join(info.shape));
+  }
+  const bool direct = values.is_cpu() && wanted == info.dtype;
+  const Tensor stored = direct ? values : at::empty(values.sizes(), info.dtype);
+  const auto size = static_cast<int64_t>(c10::elementSize(info.dtype));
+  auto* to = static_cast<std::byte*>(stored.data_ptr());
+  const std::byte* from = file_->bytes().data() + info.begin;
+  shard.for_each_run(begin, begin + values.numel(), [&](int64_t local, int64_t whole, int64_t count) {
+    std::memcpy(to + (local - begin) * size, from + whole * size, static_cast<size_t>(count * size));
+  });
+  if (!direct) values.detach().copy_(stored);
+}
+
 SafetensorsFolder::SafetensorsFolder(const fs::path& path, std::string_view stem) : path_(path) {
   std::error_code ignored;  // add_file() tells of a path that cannot be read
   if (!fs::is_directory(path, ignored)) {

@@ -82,15 +82,4 @@ NamedTensors AdamW::state() const {
   return all;
 }
 
-void AdamW::load_state(int64_t num_steps, const std::function<Tensor(const std::string&)>& find) {
-  torch::NoGradGuard no_grad;
-  for (auto& [name, tensor] : state()) {
-    const Tensor saved = find(name);
-    TORCH_CHECK(saved.sizes() == tensor.sizes(), "AdamW: ", name, " must be ", tensor.sizes(), ", got ",
-                saved.sizes());
-    tensor.copy_(saved);
-  }
-  num_steps_ = num_steps;
-}
-
 }  // namespace hymoe

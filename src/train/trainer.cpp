@@ -230,7 +230,11 @@ void Trainer::Run::begin_or_resume() {
   } else {
     load_weights(model_, *checkpoint);
     optimizer_.emplace(config_.optimizer, parameters);
-    state_ = load_training_state(*checkpoint, *optimizer_);
+    const NamedTensors moments = optimizer_->state();
+    std::vector<TensorPart> parts;
+    for (const auto& [name, tensor] : moments) parts.push_back(TensorPart::whole(name, tensor));
+    state_ = load_training_state(*checkpoint, parts);
+    optimizer_->resume_at(state_.step);
     saved_step_ = state_.step;
   }
   log_.emplace(folder_, checkpoint ? state_.step : -1);
@@ -391,14 +395,18 @@ void Trainer::Run::evaluate() {
 }
 
 void Trainer::Run::save() {
-  save_checkpoint(
-      folder_,
-      {.model = model_,
-       .optimizer = *optimizer_,
-       .state = state_,
-       .config_yaml = to_yaml(config_),
-       .tokenizer_dir = fs::is_directory(tokenizer_path_) ? tokenizer_path_ : tokenizer_path_.parent_path()},
-      config_.checkpoint.keep);
+  CheckpointSource source{
+      .state = state_,
+      .config_yaml = to_yaml(config_),
+      .model_config = model_config_json(config_.model, model_->parameters()[0].scalar_type()),
+      .tokenizer_dir = fs::is_directory(tokenizer_path_) ? tokenizer_path_ : tokenizer_path_.parent_path()};
+  for (const auto& item : model_->named_parameters())
+    source.model.push_back(TensorPart::whole(item.key(), item.value()));
+  for (const auto& item : model_->named_buffers())
+    source.model.push_back(TensorPart::whole(item.key(), item.value()));
+  for (const auto& [name, tensor] : optimizer_->state())
+    source.optimizer.push_back(TensorPart::whole(name, tensor));
+  save_checkpoint(folder_, source, config_.checkpoint.keep);
   saved_step_ = state_.step;
 }
 

@@ -89,6 +89,24 @@ class AtomicDirectory {
   FileDescriptor lock_;
 };
 
+/// Makes a file of `size` bytes, all zero, whose room on the disk is its own: writing there cannot find the
+/// disk full. Throws DataError naming the bytes wanted.
+void reserve_file(const std::filesystem::path& path, int64_t size);
+
+/// An existing file that several processes fill, each at its own places. Nothing but the bytes given is
+/// touched: on network file systems too, where a page mapped by two machines would be written whole by both.
+class SharedFile {
+ public:
+  explicit SharedFile(std::filesystem::path path);
+  void write(int64_t at, std::span<const std::byte> bytes);
+  /// Brings to the disk what this process wrote, and closes.
+  void commit();
+
+ private:
+  std::filesystem::path path_;
+  FileDescriptor fd_;
+};
+
 /// Writes a file through AtomicFile: afterwards `path` holds either its old content or all of the new one.
 void write_file_atomic(const std::filesystem::path& path, std::span<const std::byte> bytes);
 void write_file_atomic(const std::filesystem::path& path, std::string_view text);

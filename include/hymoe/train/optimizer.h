@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -53,8 +52,8 @@ class AdamW {
   /// "exp_avg.<parameter>", "exp_avg_sq.<parameter>" and, where kept, "master.<parameter>", viewing the live
   /// state.
   NamedTensors state() const;
-  /// Copies the tensors of state() back. `find` returns the tensor of a name or throws.
-  void load_state(int64_t num_steps, const std::function<Tensor(const std::string&)>& find);
+  /// Goes on after `num_steps` steps, whose state() has been filled in.
+  void resume_at(int64_t num_steps) { num_steps_ = num_steps; }
 
  private:
   // Parameters that share hyper-parameters and dtype layout, as the fused kernel wants them.
