@@ -43,6 +43,7 @@ std::vector<std::string> together(const Group& ranks, const std::function<std::s
   } catch (const std::exception& error) {
     own = std::current_exception();
     text = kError + std::string(error.what());
+    text.resize(std::min(text.size(), text.find('\n')));
   }
   std::vector<std::string> texts = gather(ranks, text);
   if (own) std::rethrow_exception(own);
