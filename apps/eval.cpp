@@ -4,6 +4,7 @@
 
 #include "commands.h"
 #include "eval_config.h"
+#include "hymoe/comm/launch.h"
 #include "hymoe/config/config.h"
 #include "hymoe/data/manifest.h"
 #include "hymoe/model/language_loss.h"
@@ -23,6 +24,8 @@ void add_eval(CLI::App& program) {
   arguments->add_to(*command);
   command->add_flag("--json", *json, "print one object a language");
   command->callback([=] {
+    if (const int64_t processes = read_process().world_size; processes > 1)
+      throw ConfigError("", "eval is one process's work, got " + std::to_string(processes));
     const auto config = load_config<EvalCommandConfig>(arguments->path, arguments->overrides);
     const Manifest manifest = read_manifest(config.data);
     Transformer model = load_pretrained(config.checkpoint);

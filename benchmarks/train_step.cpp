@@ -59,7 +59,7 @@ int run(int argc, char** argv) {
   for (const at::Tensor& parameter : model->parameters()) {
     if (parameter.requires_grad()) trained.push_back(parameter);
   }
-  for (const auto& [name, tensor] : optimizer.state()) state.push_back(tensor);
+  for (const hymoe::TensorPart& part : optimizer.state()) state.push_back(part.values);
   const double weights = gib_of(model->parameters()), gradients = gib_of(trained), moments = gib_of(state);
   const double tokens_per_second = static_cast<double>(batch * seq) / median;
   std::cout << nlohmann::ordered_json{{"impl", "hymoe"},

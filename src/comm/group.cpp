@@ -24,6 +24,14 @@ thread_local std::string current_place;
               " failed: " + cause.substr(0, cause.find('\n')) + (silent.empty() ? "" : "; " + silent));
 }
 
+// This rank's of `size` equal parts of a tensor.
+Tensor part_of(const char* operation, const Tensor& tensor, int64_t rank, int64_t size) {
+  TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) % size == 0 && tensor.is_contiguous(), operation,
+              ": the tensor must be contiguous, its first size a multiple of ", size, ", got ",
+              tensor.sizes(), " with strides ", tensor.strides());
+  return tensor.narrow(0, rank * (tensor.size(0) / size), tensor.size(0) / size);
+}
+
 int64_t total(const std::vector<int64_t>& counts) {
   return std::accumulate(counts.begin(), counts.end(), int64_t{0});
 }
@@ -147,6 +155,21 @@ Tensor Group::reduce_scatter_sum(const Tensor& tensor) const {
     return backend._reduce_scatter_base(part, all);
   }).wait();
   return part;
+}
+
+Pending Group::start_reduce_scatter_sum(Tensor& tensor) const {
+  if (!communicator_) return {};
+  Tensor part = part_of("reduce_scatter", tensor, rank_, size_);
+  return Launch{communicator_}("reduce_scatter", {tensor, part}, [&](c10d::Backend& backend) {
+    return backend._reduce_scatter_base(part, tensor);
+  });
+}
+
+Pending Group::start_all_gather(Tensor& tensor) const {
+  if (!communicator_) return {};
+  Tensor part = part_of("all_gather", tensor, rank_, size_);
+  return Launch{communicator_}("all_gather", {tensor, part},
+                               [&](c10d::Backend& backend) { return backend._allgather_base(tensor, part); });
 }
 
 Pending Group::start_all_to_all(const Tensor& rows, const std::vector<int64_t>& send,

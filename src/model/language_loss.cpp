@@ -3,10 +3,20 @@
 #include <cmath>
 #include <numbers>
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
 namespace hymoe {
+namespace {
+
+Batch no_rows() {
+  const Tensor none = at::zeros({0, 1}, at::kLong);
+  return {.tokens = none, .targets = none, .offsets = at::zeros({1}, at::kLong)};
+}
+
+}  // namespace
 
 void add_loads(std::vector<LayerLoad>& sum, const std::vector<LayerLoad>& loads) {
   if (sum.empty()) {
@@ -23,31 +33,60 @@ void add_loads(std::vector<LayerLoad>& sum, const std::vector<LayerLoad>& loads)
   }
 }
 
+void sum_loads(std::vector<LayerLoad>& loads, std::vector<double*> numbers, const Group& ranks) {
+  if (ranks.size() == 1) return;
+  std::vector<Tensor*> tensors;
+  for (LayerLoad& of : loads) {
+    BranchLoad& load = of.load;
+    tensors.insert(tensors.end(), {&load.rows_per_expert, &load.covered, &load.rows});
+    if (load.joint.defined()) tensors.push_back(&load.joint);
+    for (auto& [name, value] : load.metrics) tensors.push_back(&value);
+  }
+  std::vector<Tensor> flat;
+  const auto device = loads.empty() ? at::Device(at::kCPU) : loads[0].load.rows.device();
+  for (const double* number : numbers) flat.push_back(at::full({1}, *number, at::kDouble).to(device));
+  for (const Tensor* tensor : tensors) flat.push_back(tensor->to(at::kDouble).reshape(-1));
+  Tensor sum = at::cat(flat);
+  ranks.all_reduce_sum(sum);
+  int64_t at = 0;
+  for (double* number : numbers) *number = sum[at++].item<double>();
+  for (Tensor* tensor : tensors) {
+    *tensor = sum.narrow(0, at, tensor->numel()).view(tensor->sizes()).to(tensor->scalar_type());
+    at += tensor->numel();
+  }
+}
+
 std::optional<LanguageLoss> language_loss(Transformer& model, const EvalBatches& batches,
                                           const Tensor& token_bytes,
                                           const std::function<bool(int64_t done)>& go_on) {
   const torch::NoGradGuard no_grad;
+  const Group& data = model->mesh().data;
   const bool was_training = model->is_training();
   model->eval();
   LanguageLoss result;
   result.language = batches.language();
-  double nats = 0;
+  double nats = 0, tokens = 0, bytes = 0;
   bool complete = true;
-  for (int64_t i = 0; i < batches.size(); ++i) {
-    complete = !go_on || go_on(i);
+  for (int64_t turn = 0; turn < batches.size(); turn += data.size()) {
+    complete = !go_on || go_on(turn);
     if (!complete) break;
-    const Batch batch = batches.at(i);
+    // A rank for which no batch is left has no rows, and its part in what the others do together.
+    const int64_t own = turn + data.rank();
+    const Batch batch = own < batches.size() ? batches.at(own) : no_rows();
     const LossOutput out = model->loss(batch.tokens.flatten(), batch.targets.flatten(),
                                        {.offsets = batch.offsets, .padding = batch.padding});
     nats += out.nll.sum(at::kDouble).item<double>();
-    result.tokens += (batch.targets >= 0).sum().item<int64_t>();
-    result.bytes += target_bytes(batch, token_bytes);
+    tokens += (batch.targets >= 0).sum().item<double>();
+    bytes += static_cast<double>(target_bytes(batch, token_bytes));
     add_loads(result.loads, out.loads);
   }
   model->train(was_training);
   if (!complete) return std::nullopt;
-  result.loss = nats / static_cast<double>(result.tokens);
-  result.bits_per_byte = nats / (std::numbers::ln2 * static_cast<double>(result.bytes));
+  sum_loads(result.loads, {&nats, &tokens, &bytes}, data);
+  result.tokens = static_cast<int64_t>(tokens);
+  result.bytes = static_cast<int64_t>(bytes);
+  result.loss = nats / tokens;
+  result.bits_per_byte = nats / (std::numbers::ln2 * bytes);
   return result;
 }
 

@@ -1,82 +1,147 @@
 #include "hymoe/train/optimizer.h"
 
 #include <cmath>
+#include <utility>
 
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
 #include "hymoe/config/error.h"
+#include "hymoe/train/gradient_buckets.h"
 
 namespace hymoe {
+namespace {
 
-AdamW::AdamW(const OptimizerConfig& config, const NamedTensors& parameters) : config_(config) {
-  torch::NoGradGuard no_grad;
-  groups_.resize(2);
-  groups_[0].weight_decay = config.weight_decay;
-  for (const auto& [name, param] : parameters) {
-    if (!param.requires_grad()) continue;
-    ParamGroup& group = groups_[param.dim() >= 2 ? 0 : 1];
-    const Tensor target = param.scalar_type() == at::kFloat ? param.detach() : param.detach().to(at::kFloat);
-    group.names.push_back(name);
-    group.params.push_back(param);
-    group.targets.push_back(target);
-    group.exp_avg.push_back(at::zeros_like(target));
-    group.exp_avg_sq.push_back(at::zeros_like(target));
-    group.steps.push_back(at::zeros({}, target.options()));
+Tensor elements(const Tensor& tensor, ElementRange range) {
+  if (range.begin == 0 && range.end == tensor.numel()) return tensor;
+  return tensor.view(-1).slice(0, range.begin, range.end);
+}
+
+}  // namespace
+
+AdamW::AdamW(const OptimizerConfig& config, const NamedTensors& parameters) : config_(config), buckets_(1) {
+  for (const auto& [name, parameter] : parameters) {
+    const ElementRange all{0, parameter.numel()};
+    if (!parameter.requires_grad()) continue;
+    add(buckets_[0], {{.name = name, .shape = parameter.sizes().vec()}, parameter, all, all});
   }
+}
+
+AdamW::AdamW(const OptimizerConfig& config, GradientBuckets& buckets)
+    : config_(config), buckets_(buckets.buckets().size()), gradients_(&buckets) {
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    for (const auto& slot : buckets.buckets()[i].slots) {
+      const ElementRange all{0, slot.of.parameter.numel()};
+      const ElementRange updated = buckets.sharded() ? slot.part : all;
+      if (updated.begin == updated.end) continue;
+      add(buckets_[i],
+          {slot.of.shard, slot.of.parameter, updated, slot.counted ? slot.part : ElementRange{}});
+    }
+  }
+}
+
+void AdamW::add(Bucket& bucket, Piece piece) {
+  const torch::NoGradGuard no_grad;
+  const bool decays = piece.parameter.dim() >= 2;
+  ParamGroup& group = bucket[decays ? 0 : 1];
+  group.weight_decay = decays ? config_.weight_decay : 0;
+  const Tensor target = elements(piece.parameter.detach(), piece.updated).to(at::kFloat);  // fp32: itself
+  group.targets.push_back(target);
+  group.exp_avg.push_back(at::zeros_like(target));
+  group.exp_avg_sq.push_back(at::zeros_like(target));
+  group.steps.push_back(at::zeros({}, target.options()));
+  group.pieces.push_back(std::move(piece));
 }
 
 double AdamW::grad_norm() const {
   double squares = 0;
-  for (const ParamGroup& group : groups_) {
-    for (size_t i = 0; i < group.params.size(); ++i) {
-      const Tensor& grad = group.params[i].grad();
-      TORCH_CHECK(grad.defined(), "AdamW: parameter ", group.names[i],
-                  " has no gradient: the loss does not depend on it");
-      const double norm = at::linalg_vector_norm(grad, 2, std::nullopt, false, at::kFloat).item<double>();
-      if (!std::isfinite(norm)) throw Error("gradient of " + group.names[i] + " is not finite");
-      squares += norm * norm;
+  std::string not_finite;
+  for (const Bucket& bucket : buckets_) {
+    for (const ParamGroup& group : bucket) {
+      for (const Piece& piece : group.pieces) {
+        const Tensor& grad = piece.parameter.grad();
+        TORCH_CHECK(grad.defined(), "AdamW: parameter ", piece.shard.name,
+                    " has no gradient: the loss does not depend on it");
+        if (piece.owned.begin == piece.owned.end) continue;
+        const Tensor owned = elements(grad, piece.owned);
+        const double norm = at::linalg_vector_norm(owned, 2, std::nullopt, false, at::kFloat).item<double>();
+        if (!std::isfinite(norm) && not_finite.empty()) not_finite = piece.shard.name;
+        squares += norm * norm;
+      }
     }
   }
+  if (gradients_ != nullptr && gradients_->mesh().world.size() > 1) {
+    Tensor sum = at::full({1}, squares, gradients_->options().dtype(at::kDouble));
+    const Where where("the norm of the gradients");
+    gradients_->mesh().world.all_reduce_sum(sum);
+    squares = sum.item<double>();
+  }
+  if (!not_finite.empty()) throw Error("gradient of " + not_finite + " is not finite");
+  if (!std::isfinite(squares)) throw Error("a gradient on another rank is not finite");
   return std::sqrt(squares);
 }
 
 void AdamW::step(double lr, double grad_norm) {
-  torch::NoGradGuard no_grad;
+  const torch::NoGradGuard no_grad;
   ++num_steps_;
   const bool clip = config_.grad_clip > 0 && grad_norm > config_.grad_clip;
-  for (ParamGroup& group : groups_) {
-    if (group.params.empty()) continue;
-    std::vector<Tensor> grads;
-    for (const Tensor& param : group.params) grads.push_back(param.grad().to(at::kFloat));
-    std::optional<Tensor> grad_scale;  // the fused kernel divides by it: clipping costs no pass of its own
-    if (clip) grad_scale = at::full({}, grad_norm / config_.grad_clip, group.targets[0].options());
-    for (Tensor& count : group.steps) count.fill_(static_cast<double>(num_steps_));
-    at::_fused_adamw_(group.targets, grads, group.exp_avg, group.exp_avg_sq, {}, group.steps, lr,
-                      config_.beta1, config_.beta2, group.weight_decay, config_.eps, false, false, grad_scale,
-                      std::nullopt);
-    for (size_t i = 0; i < group.params.size(); ++i) {
-      if (group.params[i].scalar_type() != at::kFloat) group.params[i].copy_(group.targets[i]);
-      group.params[i].mutable_grad().reset();
-    }
+  std::vector<Pending> gathers;
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    for (ParamGroup& group : buckets_[i]) update(group, lr, clip ? grad_norm / config_.grad_clip : 1);
+    if (gradients_ == nullptr) continue;
+    gathers.push_back(gradients_->start_gather(i));
+    gradients_->release(i);
+  }
+  for (Pending& gather : gathers) gather.wait();
+}
+
+void AdamW::update(ParamGroup& group, double lr, double scale) {
+  if (group.pieces.empty()) return;
+  std::vector<Tensor> grads;
+  for (const Piece& piece : group.pieces)
+    grads.push_back(elements(piece.parameter.grad(), piece.updated).to(at::kFloat));
+  std::optional<Tensor> grad_scale;  // the fused kernel divides by it: clipping costs no pass of its own
+  if (scale != 1) grad_scale = at::full({}, scale, group.targets[0].options());
+  for (Tensor& count : group.steps) count.fill_(static_cast<double>(num_steps_));
+  at::_fused_adamw_(group.targets, grads, group.exp_avg, group.exp_avg_sq, {}, group.steps, lr, config_.beta1,
+                    config_.beta2, group.weight_decay, config_.eps, false, false, grad_scale, std::nullopt);
+  for (size_t i = 0; i < group.pieces.size(); ++i) {
+    const Piece& piece = group.pieces[i];
+    if (piece.parameter.scalar_type() != at::kFloat)
+      elements(piece.parameter.detach(), piece.updated).copy_(group.targets[i]);
+    if (gradients_ == nullptr) piece.parameter.mutable_grad().reset();
   }
 }
 
 int64_t AdamW::state_bytes() const {
   int64_t bytes = 0;
-  for (const auto& [name, tensor] : state()) bytes += static_cast<int64_t>(tensor.nbytes());
+  for (const TensorPart& part : state()) bytes += static_cast<int64_t>(part.values.nbytes());
   return bytes;
 }
 
-NamedTensors AdamW::state() const {
-  NamedTensors all;
-  for (const ParamGroup& group : groups_) {
-    for (size_t i = 0; i < group.params.size(); ++i) {
-      all.emplace_back("exp_avg." + group.names[i], group.exp_avg[i]);
-      all.emplace_back("exp_avg_sq." + group.names[i], group.exp_avg_sq[i]);
-      if (group.params[i].scalar_type() != at::kFloat)
-        all.emplace_back("master." + group.names[i], group.targets[i]);
+std::vector<TensorPart> AdamW::state() const { return parts(&Piece::updated); }
+
+std::vector<TensorPart> AdamW::owned_state() const { return parts(&Piece::owned); }
+
+std::vector<TensorPart> AdamW::parts(ElementRange Piece::*range) const {
+  std::vector<TensorPart> all;
+  for (const Bucket& bucket : buckets_) {
+    for (const ParamGroup& group : bucket) {
+      for (size_t i = 0; i < group.pieces.size(); ++i) {
+        const Piece& piece = group.pieces[i];
+        const auto [begin, end] = piece.*range;
+        if (begin == end) continue;
+        const auto add = [&](const char* kind, const Tensor& values) {
+          Shard shard = piece.shard;
+          shard.name = kind + shard.name;
+          const int64_t first = begin - piece.updated.begin;
+          all.push_back({std::move(shard), begin, values.view(-1).slice(0, first, first + end - begin)});
+        };
+        add("exp_avg.", group.exp_avg[i]);
+        add("exp_avg_sq.", group.exp_avg_sq[i]);
+        if (piece.parameter.scalar_type() != at::kFloat) add("master.", group.targets[i]);
+      }
     }
   }
   return all;

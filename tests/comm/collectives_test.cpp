@@ -46,11 +46,20 @@ TEST(Group, CollectivesOfSeveralRanks) {
     Pending pending = group.start_all_reduce_sum(started);
     pending.wait();
     EXPECT_TRUE(at::equal(started, sum));
+    started = of_rank(rank);
+    pending = group.start_reduce_scatter_sum(started);
+    pending.wait();
+    EXPECT_TRUE(at::equal(started.narrow(0, rank, 1), sum.narrow(0, rank, 1)));
+    started = of_rank(rank);
+    pending = group.start_all_gather(started);
+    pending.wait();
+    EXPECT_TRUE(at::equal(started, at::cat({of_rank(0).narrow(0, 0, 1), of_rank(1).narrow(0, 1, 1),
+                                            of_rank(2).narrow(0, 2, 1)})));
     group.barrier();
     const auto traffic = group.traffic();
-    EXPECT_EQ(traffic.at("all_gather").calls, 1);
-    EXPECT_EQ(traffic.at("all_gather").bytes, 3 * 3 * 2 * 8);
-    EXPECT_EQ(traffic.at("reduce_scatter").bytes, 3 * 2 * 8);
+    EXPECT_EQ(traffic.at("all_gather").calls, 2);
+    EXPECT_EQ(traffic.at("all_gather").bytes, (3 + 1) * 3 * 2 * 8);
+    EXPECT_EQ(traffic.at("reduce_scatter").bytes, 2 * 3 * 2 * 8);
   });
 }
 

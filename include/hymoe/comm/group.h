@@ -58,6 +58,10 @@ class Group {
   /// [size·n, ...] -> [n, ...]: this rank's part of the sum over all ranks; bit for bit what all_reduce_sum
   /// has there.
   Tensor reduce_scatter_sum(const Tensor& tensor) const;
+  /// Both for a contiguous tensor [size·n, ...] in place, while the caller goes on: this rank's part becomes
+  /// that of the sum, and nothing else in it counts; every part becomes what its rank has there.
+  Pending start_reduce_scatter_sum(Tensor& tensor) const;
+  Pending start_all_gather(Tensor& tensor) const;
   /// Rows send[0] of `rows` [R, ...] go to rank 0, the next send[1] to rank 1, and so on; -> the rows from
   /// rank 0, rank 1, ..., receive[i] from rank i. start_ leaves `received` to be filled.
   Tensor all_to_all(const Tensor& rows, const std::vector<int64_t>& send,

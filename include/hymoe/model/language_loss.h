@@ -24,8 +24,9 @@ struct LanguageLoss {
 };
 
 /// Mean loss of held-out documents of one language, in eval mode and without gradients; the model's mode is
-/// put back. `token_bytes` [vocab_size] int64: bytes that a token stands for. `go_on` is asked before each
-/// batch with the number done; where it says no there is no result.
+/// put back. The model's data ranks take the batches in turns, and all get the whole result. `token_bytes`
+/// [vocab_size] int64: bytes that a token stands for. `go_on` is asked before each turn with the number of
+/// batches done; where it says no, on all ranks alike, there is no result.
 std::optional<LanguageLoss> language_loss(Transformer& model, const EvalBatches& batches,
                                           const Tensor& token_bytes,
                                           const std::function<bool(int64_t done)>& go_on = {});
@@ -36,5 +37,8 @@ Tensor token_byte_lengths(const Tokenizer& tokenizer, int64_t vocab_size);
 
 /// Adds the loads of one forward pass to `sum`, metrics too, on their device.
 void add_loads(std::vector<LayerLoad>& sum, const std::vector<LayerLoad>& loads);
+
+/// Adds the loads of all ranks up, on every rank, and further `numbers` with them.
+void sum_loads(std::vector<LayerLoad>& loads, std::vector<double*> numbers, const Group& ranks);
 
 }  // namespace hymoe

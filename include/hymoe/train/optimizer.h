@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -8,6 +9,7 @@
 
 #include "hymoe/config/fields.h"
 #include "hymoe/io/safetensors.h"
+#include "hymoe/io/shard.h"
 
 namespace hymoe {
 using at::Tensor;
@@ -18,6 +20,9 @@ struct OptimizerConfig {
   double eps = 1e-8;
   double weight_decay = 0.1;
   double grad_clip = 1.0;
+  bool shard = false;
+  double bucket_mb = 25;
+  std::string gradient_dtype = "float32";
 
   static auto fields() {
     return hymoe::fields(
@@ -28,9 +33,24 @@ struct OptimizerConfig {
               "decoupled; on matrices, not on norms, biases and vectors")
             .at_least(0.0),
         field("grad_clip", &OptimizerConfig::grad_clip, "largest global gradient norm; 0 clips nothing")
-            .at_least(0.0));
+            .at_least(0.0),
+        field("shard", &OptimizerConfig::shard,
+              "ranks keep moments and masters of a part of the parameters each (ZeRO-1)"),
+        field("bucket_mb", &OptimizerConfig::bucket_mb,
+              "MiB of parameters whose gradients ranks add up at a time, during the backward pass")
+            .above(0.0),
+        field("gradient_dtype", &OptimizerConfig::gradient_dtype,
+              "in which gradients of bfloat16 weights are added up over micro-batches and ranks")
+            .one_of({"float32", "bfloat16"}));
   }
 };
+
+/// Elements [begin, end) of a flattened tensor.
+struct ElementRange {
+  int64_t begin = 0, end = 0;
+};
+
+class GradientBuckets;
 
 /// AdamW (Loshchilov and Hutter, 2019) over the parameters that require a gradient: frozen ones have no
 /// state. Moments are fp32, and so is a master copy of every parameter that is not. Parameters without a
@@ -38,33 +58,52 @@ struct OptimizerConfig {
 /// does not reach.
 class AdamW {
  public:
+  /// All of `parameters`, by one process alone.
   AdamW(const OptimizerConfig& config, const NamedTensors& parameters);
+  /// What `buckets` hold, which lives longer, by all ranks together; sharded, each updates its parts alone
+  /// and then they exchange these. Whether sharded or not, the bits are the same.
+  AdamW(const OptimizerConfig& config, GradientBuckets& buckets);
 
-  /// Global L2 norm of the gradients. Throws Error naming the first parameter whose gradient is not finite.
+  /// Global L2 norm of the gradients, every parameter counted once. Throws Error naming the first parameter
+  /// whose gradient is not finite; the other ranks throw too.
   double grad_norm() const;
   /// One step with gradients scaled by min(1, grad_clip / grad_norm); frees the gradients.
   void step(double lr, double grad_norm);
 
   int64_t num_steps() const { return num_steps_; }
-  /// Bytes of moments and master weights.
+  /// Bytes of moments and master weights on this rank.
   int64_t state_bytes() const;
 
   /// "exp_avg.<parameter>", "exp_avg_sq.<parameter>" and, where kept, "master.<parameter>", viewing the live
-  /// state.
-  NamedTensors state() const;
+  /// state: all that this rank keeps.
+  std::vector<TensorPart> state() const;
+  /// Of these, what this rank writes: the ranks' parts together have every element once.
+  std::vector<TensorPart> owned_state() const;
   /// Goes on after `num_steps` steps, whose state() has been filled in.
   void resume_at(int64_t num_steps) { num_steps_ = num_steps; }
 
  private:
-  // Parameters that share hyper-parameters and dtype layout, as the fused kernel wants them.
+  // Elements of a parameter: those that this rank updates, and those of them that it counts and writes.
+  struct Piece {
+    Shard shard;
+    Tensor parameter;
+    ElementRange updated, owned;
+  };
+  // Pieces that share hyper-parameters and dtype layout, as the fused kernel wants them.
   struct ParamGroup {
     double weight_decay = 0;
-    std::vector<Tensor> params, targets, exp_avg, exp_avg_sq, steps;  // targets: fp32, what the update writes
-    std::vector<std::string> names;
+    std::vector<Piece> pieces;
+    std::vector<Tensor> targets, exp_avg, exp_avg_sq, steps;  // targets: fp32, what the update writes
   };
+  using Bucket = std::array<ParamGroup, 2>;  // with and without decay
+
+  void add(Bucket& bucket, Piece piece);
+  void update(ParamGroup& group, double lr, double scale);
+  std::vector<TensorPart> parts(ElementRange Piece::*range) const;
 
   OptimizerConfig config_;
-  std::vector<ParamGroup> groups_;
+  std::vector<Bucket> buckets_;
+  GradientBuckets* gradients_ = nullptr;
   int64_t num_steps_ = 0;
 };
 

@@ -17,7 +17,8 @@ struct RouterGradient {
 
 /// Looks for dead routers: those that only the auxiliary loss still moves, or nothing. Call it between the
 /// forward pass and backward(); the graph is kept and no parameter's gradient is touched. One backward pass
-/// for each of the two losses, down to the lowest router. Frozen routers are left out. A router is dead when
+/// for each of the two losses, down to the lowest router. Frozen routers are left out. All ranks of the
+/// model's mesh call it; gradients are summed over the data ranks' micro-batches. A router is dead when
 /// its `lm` is 0, or below a millionth of its `aux` and of the largest `lm`.
 std::vector<RouterGradient> router_gradients(const Transformer& model, const LossOutput& out);
 

@@ -6,8 +6,10 @@
 #include <string>
 #include <vector>
 
+#include <c10/core/Device.h>
 #include <nlohmann/json.hpp>
 
+#include "hymoe/comm/mesh.h"
 #include "hymoe/config/fields.h"
 #include "hymoe/data/batches.h"
 #include "hymoe/model/config.h"
@@ -34,12 +36,15 @@ struct EvalConfig {
 struct CheckpointConfig {
   int64_t interval = 500;
   int64_t keep = 2;
+  bool background = true;
 
   static auto fields() {
     return hymoe::fields(
         field("interval", &CheckpointConfig::interval, "steps between checkpoints; 0: only at the end")
             .at_least(0),
-        field("keep", &CheckpointConfig::keep, "newest checkpoints to keep; 0 keeps all").at_least(0));
+        field("keep", &CheckpointConfig::keep, "newest checkpoints to keep; 0 keeps all").at_least(0),
+        field("background", &CheckpointConfig::background,
+              "write while training goes on, from a copy in memory; not the last one"));
   }
 };
 
@@ -52,6 +57,9 @@ struct TrainConfig {
   DataConfig data = {};
   int64_t steps = 1000;
   int64_t micro_batch = 0;
+  MeshConfig parallel = {};
+  double timeout = 600;
+  bool recompute = false;
   OptimizerConfig optimizer = {};
   ScheduleConfig schedule = {};
   EvalConfig eval = {};
@@ -75,8 +83,14 @@ struct TrainConfig {
         field("data", &C::data, "token files, mixture and batches"),
         field("steps", &C::steps, "optimizer steps of the whole run").at_least(1),
         field("micro_batch", &C::micro_batch,
-              "rows of a batch in one forward pass, whose gradients are added up; 0: all of data.batch_size")
+              "rows of one forward pass on a rank, whose gradients are added up; 0: all of its share of "
+              "data.batch_size")
             .at_least(0),
+        field("parallel", &C::parallel, "how the ranks share the work"),
+        field("timeout", &C::timeout, "seconds after which a rank that does not answer ends the run")
+            .above(0.0),
+        field("recompute", &C::recompute,
+              "keep the inputs of attention and FFNs alone and run them again in the backward pass"),
         field("optimizer", &C::optimizer, "AdamW"), field("schedule", &C::schedule, "learning rate"),
         field("eval", &C::eval, "held-out loss a language"),
         field("checkpoint", &C::checkpoint, "when to save"),
@@ -103,34 +117,41 @@ struct TrainConfig {
 TrainConfig load_train_config(const std::filesystem::path& path,
                               const std::vector<std::string>& overrides = {});
 
+/// Where a process computes: a config's `device`, the GPU that is torch's current one. Throws ConfigError.
+at::Device training_device(const TrainConfig& config);
+
 struct TrainResult {
   int64_t step = 0;       // optimizer steps done, over all sittings of the run
   bool finished = false;  // false: stopped by a signal, a checkpoint written
 };
 
-/// The training loop around public pieces: Batches, Transformer, AdamW, learning_rate, checkpoints, metrics.
-/// A run is a folder (see docs/architecture.md); run() continues the one that is there, bit for bit as if it
-/// had never stopped.
+/// The training loop around public pieces: Batches, Transformer, GradientBuckets, AdamW, learning_rate,
+/// checkpoints, metrics. A run is a folder (see docs/architecture.md), which all ranks of a mesh see and rank
+/// 0 writes to; run() continues the one that is there, bit for bit as if it had never stopped, also on
+/// another mesh, then up to the order of sums.
 class Trainer {
  public:
-  /// Called with each row of metrics.jsonl, those of evaluations too.
+  /// Called on rank 0 with each row of metrics.jsonl, those of evaluations too.
   using OnRow = std::function<void(const nlohmann::ordered_json& row)>;
-  /// Called while an evaluation goes on, before each batch of a language.
+  /// Called on rank 0 while an evaluation goes on, before its batches of a language.
   using OnEvaluation = std::function<void(const std::string& language, int64_t done, int64_t batches)>;
 
-  explicit Trainer(TrainConfig config);
+  /// All ranks of `mesh` make one with the same config.
+  explicit Trainer(TrainConfig config, Mesh mesh = {});
 
   std::filesystem::path run_folder() const;
   /// Trains to config.steps, or to a request_stop(). Throws ConfigError, DataError, and Error naming step,
-  /// layer and tensor when a number is not finite.
+  /// layer and tensor when a number is not finite, or the first difference between ranks that were not
+  /// started alike: in config, data, checkpoint of `init`, version.
   TrainResult run(const OnRow& on_row = {}, const OnEvaluation& on_evaluation = {});
-  /// Ends run() after the step at hand, with a checkpoint; an evaluation at hand is left and done anew by the
-  /// next run(). Safe in a signal handler and from other threads.
+  /// Ends run() on all ranks after the step at hand, with a checkpoint; an evaluation at hand is left and
+  /// done anew by the next run(). Safe in a signal handler and from other threads.
   static void request_stop() noexcept;
 
  private:
   class Run;
   TrainConfig config_;
+  Mesh mesh_;
 };
 
 }  // namespace hymoe
