@@ -19,6 +19,9 @@ struct OptimizerConfig {
   double eps = 1e-8;
   double weight_decay = 0.1;
   double grad_clip = 1.0;
+  bool shard = false;
+  double bucket_mb = 25;
+  std::string gradient_dtype = "float32";
 
   static auto fields() {
     return hymoe::fields(
@@ -29,7 +32,15 @@ struct OptimizerConfig {
               "decoupled; on matrices, not on norms, biases and vectors")
             .at_least(0.0),
         field("grad_clip", &OptimizerConfig::grad_clip, "largest global gradient norm; 0 clips nothing")
-            .at_least(0.0));
+            .at_least(0.0),
+        field("shard", &OptimizerConfig::shard,
+              "ranks keep moments and masters of a part of the parameters each (ZeRO-1)"),
+        field("bucket_mb", &OptimizerConfig::bucket_mb,
+              "MiB of parameters whose gradients ranks add up at a time, during the backward pass")
+            .above(0.0),
+        field("gradient_dtype", &OptimizerConfig::gradient_dtype,
+              "in which gradients of bfloat16 weights are added up over micro-batches and ranks")
+            .one_of({"float32", "bfloat16"}));
   }
 };
 

@@ -8,6 +8,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "hymoe/comm/mesh.h"
 #include "hymoe/config/fields.h"
 #include "hymoe/data/batches.h"
 #include "hymoe/model/config.h"
@@ -52,6 +53,8 @@ struct TrainConfig {
   DataConfig data = {};
   int64_t steps = 1000;
   int64_t micro_batch = 0;
+  MeshConfig parallel = {};
+  bool recompute = false;
   OptimizerConfig optimizer = {};
   ScheduleConfig schedule = {};
   EvalConfig eval = {};
@@ -77,6 +80,9 @@ struct TrainConfig {
         field("micro_batch", &C::micro_batch,
               "rows of a batch in one forward pass, whose gradients are added up; 0: all of data.batch_size")
             .at_least(0),
+        field("parallel", &C::parallel, "how the ranks share the work"),
+        field("recompute", &C::recompute,
+              "keep the inputs of attention and FFNs alone and run them again in the backward pass"),
         field("optimizer", &C::optimizer, "AdamW"), field("schedule", &C::schedule, "learning rate"),
         field("eval", &C::eval, "held-out loss a language"),
         field("checkpoint", &C::checkpoint, "when to save"),
