@@ -208,7 +208,8 @@ std::map<std::string, Traffic> Group::traffic() const {
 
 void Group::barrier() const {
   if (!communicator_) return;
-  Tensor nothing = at::zeros({1});
+  const bool cuda = communicator_->backend->getBackendName() == "nccl";
+  Tensor nothing = at::zeros({1}, at::Device(cuda ? at::kCUDA : at::kCPU));
   all_reduce_sum(nothing);  // Gloo's own barrier takes no time limit
 }
 
