@@ -197,7 +197,11 @@ ModelConfig read_model_config(const std::filesystem::path& dir) {
   return config;
 }
 
-nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype) {
+bool read_noncausal(const std::filesystem::path& dir) {
+  return read_config_file(dir / "config.json").get<bool>("noncausal", false);
+}
+
+nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype, bool noncausal) {
   nlohmann::ordered_json out;
   const bool hybrid = !config.moe_layers.empty();
   const bool qwen2 = config.family == "qwen2";
@@ -206,6 +210,7 @@ nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarTy
   out["dtype"] = dtype_name(dtype);
   out["torch_dtype"] = dtype_name(dtype);
   if (hybrid) {
+    if (noncausal) out["noncausal"] = true;
     out["model"] = to_json(config);
     return out;
   }

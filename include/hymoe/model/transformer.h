@@ -61,8 +61,7 @@ class TransformerImpl : public torch::nn::Module {
   explicit TransformerImpl(ModelConfig config, Mesh mesh = {}, Init init = Init::kRandom);
 
   /// With a cache the documents of `packing` continue those of the cache, `packing.state` is the cache's,
-  /// there are no gradients, padding is refused, and so is (ConfigError) a router that is not causal unless
-  /// its config allows it.
+  /// there are no gradients, padding is refused, and check_decodable() comes first.
   ModelOutput hidden(const Tensor& tokens, const Packing& packing, KVCache* cache = nullptr);
   /// [T, D] -> [T, vocab_size], in the dtype of hidden.
   Tensor logits(const Tensor& hidden) const;
@@ -79,8 +78,14 @@ class TransformerImpl : public torch::nn::Module {
   const ModelConfig& config() const { return config_; }
   /// The MoE layer at `layer`. Throws for a dense layer.
   MoE moe(int64_t layer) const;
-  /// Whether no output can depend on later rows of its document.
+  /// Whether no output can depend on later rows of its document, or on other documents.
   bool causal() const;
+  bool batch_independent() const;
+  /// Whether an output in evaluation can depend on either.
+  bool noncausal() const;
+  /// Throws ConfigError for a router that looks ahead or depends on other documents, unless its config has
+  /// allow_noncausal.
+  void check_decodable() const;
 
   /// Parameters, shared ones once.
   int64_t num_params() const;

@@ -115,7 +115,7 @@ class MoEImpl : public torch::nn::Module {
   explicit MoEImpl(const MoEConfig& config, const Mesh& mesh = {});
 
   /// x [T, D], documents as packing says; or, without a packing, x [B, S, D], each batch row a document. With
-  /// packing.state, throws ConfigError for a router that is not causal unless its config has allow_noncausal.
+  /// packing.state, check_decodable() comes first.
   MoEOutput forward(const Tensor& x, const Packing& packing = {});
   /// After an optimizer step: end_step of every router.
   void end_step(const Group& group = {});
@@ -126,6 +126,10 @@ class MoEImpl : public torch::nn::Module {
   /// Whether every router is causal, or independent of other documents.
   bool causal() const;
   bool batch_independent() const;
+
+  /// Throws ConfigError for a router that looks ahead or depends on other documents, unless its config has
+  /// allow_noncausal.
+  void check_decodable() const;
 
   int64_t num_params() const;
   /// Parameters that a row meets on average: the shared expert, routers, and as many experts as the routers'
