@@ -80,10 +80,10 @@ struct ModelCheckOptions {
 /// Weights, state, gradients, mode and type are as before in the end.
 ///
 /// Logits of two calls may differ by `tolerance` times the largest of all: products of other shapes sum in
-/// another order, which makes about 1e-6 of it a layer in fp32, while a row that goes to another expert shows
-/// in the percents. bf16 models are therefore compared in fp32, into which they are converted for the time:
-/// their rounding alone sends rows to other experts, which no tolerance tells from a law that is broken.
-/// Gradients and repeated calls are in the model's own type.
+/// another order, which in fp32 stays far below that, while a row that goes to another expert stays far
+/// above. bf16 models are compared in fp32, into which they are converted for the time: their rounding alone
+/// sends rows to other experts, which no tolerance tells from a law that is broken. Gradients and repeated
+/// calls are in the model's own type.
 Report check_model(Transformer& model, const ModelCheckOptions& options = {});
 
 }  // namespace hymoe
