@@ -48,6 +48,7 @@ void add_generate(CLI::App& program) {
     check_config(arguments->config);
     Transformer model = load_pretrained(arguments->checkpoint);
     model->eval();
+    model->check_decodable();
     const Tokenizer tokenizer = Tokenizer::load(arguments->checkpoint);
     const std::string text = arguments->text();
     const std::vector<int32_t> ids = tokenizer.encode(text, /*allow_special=*/true);

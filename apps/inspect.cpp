@@ -9,6 +9,7 @@
 #include "hymoe/io/jsonl.h"
 #include "hymoe/io/safetensors.h"
 #include "hymoe/model/pretrained.h"
+#include "hymoe/testing/conformance.h"
 #include "hymoe/train/checkpoint.h"
 
 namespace hymoe {
@@ -65,7 +66,7 @@ nlohmann::ordered_json inspect_model(const fs::path& path) {
                               {"moe_layers", config.moe_layers},
                               {"parameters", model->num_params()},
                               {"active_parameters", model->num_active_params()},
-                              {"causal", model->causal()}};
+                              {"noncausal", model->noncausal()}};
   if (fs::exists(path / "state.json")) {
     verify_checkpoint(path);
     const auto state = nlohmann::json::parse(read_text(path / "state.json"));
@@ -101,6 +102,31 @@ nlohmann::ordered_json inspect(const fs::path& path) {
   return inspect_token_file(path);
 }
 
+Report check(const fs::path& path) {
+  const bool is_run = fs::exists(path / "metrics.jsonl");
+  const auto checkpoint = is_run ? latest_checkpoint(path) : path;
+  if (!checkpoint) throw DataError(path.string(), "has no checkpoint yet to check");
+  Transformer model = load_pretrained(*checkpoint);
+  return check_model(model);
+}
+
+nlohmann::ordered_json to_json(const Report& report) {
+  nlohmann::ordered_json all = nlohmann::ordered_json::array();
+  for (const Finding& finding : report.findings) {
+    all.push_back({{"law", finding.law}, {"outcome", to_text(finding.outcome)}, {"detail", finding.detail}});
+  }
+  return all;
+}
+
+// The laws that failed, as an error.
+void refuse_broken(const std::string& path, const Report& report) {
+  std::string broken;
+  for (const Finding& finding : report.findings) {
+    if (finding.outcome == Outcome::kFailed) broken += (broken.empty() ? "" : ", ") + finding.law;
+  }
+  if (!broken.empty()) throw DataError(path, "this model breaks laws: " + broken);
+}
+
 void print(const nlohmann::ordered_json& json, const std::string& indent) {
   for (const auto& [key, value] : json.items()) {
     if (value.is_object() && !value.empty()) {
@@ -119,16 +145,23 @@ void add_inspect(CLI::App& program) {
   auto* command =
       program.add_subcommand("inspect", "What a checkpoint, token file or run holds; verifies checksums");
   auto path = std::make_shared<std::string>();
-  auto json = std::make_shared<bool>(false);
+  auto json = std::make_shared<bool>(false), with_check = std::make_shared<bool>(false);
   command->add_option("path", *path, "folder or file")->required();
   command->add_flag("--json", *json, "print JSON");
+  command->add_flag(
+      "--check", *with_check,
+      "run a model's laws on random tokens: causality, packing, padding, decoding, gradients, …");
   command->callback([=] {
-    const auto result = inspect(*path);
+    auto result = inspect(*path);
+    const Report report = *with_check ? check(*path) : Report{};
     if (*json) {
+      if (*with_check) result["check"] = to_json(report);
       std::cout << result.dump(2) << std::endl;
     } else {
       print(result, "");
+      std::cout << report.text() << std::flush;
     }
+    refuse_broken(*path, report);
   });
 }
 

@@ -141,6 +141,52 @@ class Program(unittest.TestCase):
         self.assertEqual(json.loads(self.ok("inspect", "hybrid", "--json"))["moe_layers"], [0, 1])
         self.assertIn("moe_layers: [0,1]", self.ok("inspect", "hybrid"))
 
+    def test_check_runs_the_laws_of_a_model(self):
+        for path in ("hybrid", "runs/dense"):
+            found = {row["law"]: row["outcome"] for row in json.loads(self.ok("inspect", path, "--check", "--json"))["check"]}
+            self.assertGreater(len(found), 8)
+            self.assertNotIn("FAILED", found.values())
+            for law in ("finite numbers", "causality", "batch independence", "padding", "decoding", "determinism", "gradients"):
+                self.assertEqual(found[law], "passed", law)
+        self.assertIn("passed    causality\n", self.ok("inspect", "hybrid", "--check"))
+        self.assertIn("tokens", self.error("inspect", "tokens", "--check"))
+
+        name = "model.layers.1.mlp.token.experts.down_proj"
+        shutil.copytree("hybrid", "spoiled_number")
+        with open("spoiled_number/model.safetensors", "r+b") as f:
+            size = struct.unpack("<Q", f.read(8))[0]
+            begin = json.loads(f.read(size))[name]["data_offsets"][0]
+            f.seek(8 + size + begin)
+            f.write(struct.pack("<f", float("nan")))
+        self.assertEqual(self.error("inspect", "spoiled_number", "--check"), "hymoe: spoiled_number: this model breaks laws: finite numbers")
+        self.assertIn(f"FAILED    finite numbers: {name} is not finite\n", run("inspect", "spoiled_number", "--check").stdout)
+
+        shutil.copytree(self.dense, "altered")
+        with open("altered/model.safetensors", "r+b") as f:
+            f.seek(-4, os.SEEK_END)
+            f.write(struct.pack("<f", 0.5))
+        self.assertIn("SHA-256 differs", self.error("inspect", "altered", "--check"))
+
+    def test_a_model_that_looks_ahead_says_so_and_does_not_generate_unless_allowed(self):
+        router = "model.moe.branches.1.router."
+        self.ok("train", "moe.yaml", "name=ahead", "steps=1", router + "score=own", router + "select=expert_choice")
+        path = os.path.join("runs/ahead", open("runs/ahead/latest").read().strip())
+        config = json.load(open(path + "/config.json"))
+        self.assertIs(config["noncausal"], True)
+        self.assertIn("noncausal: true\n", self.ok("inspect", path))
+        self.assertIn("noncausal: false\n", self.ok("inspect", "hybrid"))
+        seen = self.ok("inspect", path, "--check")
+        self.assertRegex(seen, "declared  causality: changing token [0-9]+ changed a logit before it")
+        call = ("generate", path, "--prompt", "fn add", "--max-new-tokens", "4")
+        self.assertRegex(self.error(*call), "branches.1.router: .*looks ahead.*allow_noncausal true")
+        self.assertEqual(run(*call).stdout, "")
+        config["model"]["moe"]["branches"][1]["router"]["allow_noncausal"] = True
+        write(path + "/config.json", config)
+        self.assertTrue(self.ok(*call).startswith("fn add"))
+        del config["noncausal"]
+        write(path + "/config.json", config)
+        self.assertIn("config.json: noncausal: expected true", self.error(*call))
+
     def test_config_prints_schema_resolved_configs_and_differences(self):
         self.assertIn("warmup_steps", self.ok("config", "train"))
         resolved = self.ok("config", "train", "dense.yaml")

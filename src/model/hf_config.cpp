@@ -197,7 +197,13 @@ ModelConfig read_model_config(const std::filesystem::path& dir) {
   return config;
 }
 
-nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype) {
+std::optional<bool> read_noncausal(const std::filesystem::path& dir) {
+  const ConfigFile file = read_config_file(dir / "config.json");
+  if (file.find("noncausal") == nullptr) return std::nullopt;
+  return file.get<bool>("noncausal", false);
+}
+
+nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype, bool noncausal) {
   nlohmann::ordered_json out;
   const bool hybrid = !config.moe_layers.empty();
   const bool qwen2 = config.family == "qwen2";
@@ -206,6 +212,7 @@ nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarTy
   out["dtype"] = dtype_name(dtype);
   out["torch_dtype"] = dtype_name(dtype);
   if (hybrid) {
+    if (noncausal) out["noncausal"] = true;
     out["model"] = to_json(config);
     return out;
   }

@@ -129,6 +129,12 @@ void fill(Transformer& model, const std::filesystem::path& dir, std::optional<at
 Transformer load_pretrained(const std::filesystem::path& dir, at::Device device, at::ScalarType dtype,
                             const Mesh& mesh) {
   Transformer model(read_model_config(dir), mesh, Init::kNone);
+  if (read_noncausal(dir).value_or(model->noncausal()) != model->noncausal()) {
+    throw DataError((dir / "config.json").string() + ": noncausal",
+                    model->noncausal()
+                        ? "expected true, for a router that looks ahead or depends on the batch, got false"
+                        : "expected false, since no router looks ahead or depends on the batch, got true");
+  }
   fill(model, dir, device, dtype);
   return model;
 }
@@ -141,7 +147,8 @@ std::vector<WrittenFile> write_pretrained(const Transformer& model, const std::f
   for (const auto& item : model->named_parameters()) tensors.emplace_back(item.key(), item.value().detach());
   const at::ScalarType dtype = tensors.front().second.scalar_type();
   for (const auto& item : model->named_buffers()) tensors.emplace_back(item.key(), item.value());
-  write_file_atomic(folder / "config.json", model_config_json(model->config(), dtype).dump(2) + "\n");
+  write_file_atomic(folder / "config.json",
+                    model_config_json(model->config(), dtype, model->noncausal()).dump(2) + "\n");
   if (!tokenizer_dir.empty()) copy_tokenizer_files(tokenizer_dir, folder);
   return write_safetensors_sharded(folder, "model", tensors, kMaxShardBytes);
 }

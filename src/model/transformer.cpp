@@ -237,6 +237,25 @@ bool TransformerImpl::causal() const {
                      [](const auto& layer) { return !layer->moe || layer->moe->causal(); });
 }
 
+bool TransformerImpl::batch_independent() const {
+  return std::all_of(model_->layers.begin(), model_->layers.end(),
+                     [](const auto& layer) { return !layer->moe || layer->moe->batch_independent(); });
+}
+
+bool TransformerImpl::noncausal() const {
+  const bool was_training = is_training();
+  model_->eval();
+  const bool noncausal = !causal() || !batch_independent();
+  model_->train(was_training);
+  return noncausal;
+}
+
+void TransformerImpl::check_decodable() const {
+  for (const auto& layer : model_->layers) {
+    if (layer->moe) layer->moe->check_decodable();
+  }
+}
+
 int64_t TransformerImpl::num_params() const {
   int64_t n = 0;
   for (const WholeParameter& p : whole_parameters(*this)) n += c10::multiply_integers(p.shape);

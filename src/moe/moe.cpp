@@ -178,6 +178,7 @@ MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing, bool recompu
   }
   packing.check(x);
   TORCH_CHECK(x.size(1) == config_.dim, "MoE: x must be [T, ", config_.dim, "], got ", x.sizes());
+  if (packing.state) check_decodable();
   const std::vector<Routing> routings = route(x, packing);
   MoEOutput out;
   const auto math = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -235,14 +236,7 @@ std::vector<Routing> MoEImpl::route(const Tensor& x, const Packing& packing) {
   std::vector<Routing> routings;
   for (size_t b = 0; b < branches_.size(); ++b) {
     const BranchConfig& config = config_.branches[b];
-    Router& router = *branches_[b]->router;
-    if (packing.state && !router.causal() && !config.router.allow_noncausal) {
-      throw ConfigError(
-          "branches." + std::to_string(b) + ".router",
-          "this router looks ahead and cannot decode: expected a causal one (segment: score previous, "
-          "select threshold or top_k), or allow_noncausal true");
-    }
-    Routing routing = router.forward(x, packing);
+    Routing routing = branches_[b]->router->forward(x, packing);
     Tensor factor;
     if (fusion_logits_.defined()) {
       factor = at::sigmoid(fusion_logits_[static_cast<int64_t>(b)].to(routing.weights.scalar_type())) *
@@ -357,6 +351,18 @@ bool MoEImpl::causal() const {
 bool MoEImpl::batch_independent() const {
   return std::all_of(branches_.begin(), branches_.end(),
                      [](const auto& b) { return b->router->batch_independent(); });
+}
+
+void MoEImpl::check_decodable() const {
+  for (size_t b = 0; b < branches_.size(); ++b) {
+    const Router& router = *branches_[b]->router;
+    if ((router.causal() && router.batch_independent()) || config_.branches[b].router.allow_noncausal)
+      continue;
+    throw ConfigError(
+        "branches." + std::to_string(b) + ".router",
+        "this router looks ahead or depends on the batch, so it cannot generate: expected one that does "
+        "neither (segment: score previous, select threshold or top_k), or allow_noncausal true");
+  }
 }
 
 int64_t MoEImpl::num_params() const {

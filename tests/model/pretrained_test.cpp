@@ -66,6 +66,18 @@ void expect_equal_models(const Transformer& a, const Transformer& b) {
   EXPECT_EQ(to_json(a->config()), to_json(b->config()));
 }
 
+void expect_load_fails(const fs::path& dir, const std::vector<std::string>& words) {
+  try {
+    load_pretrained(dir);
+    ADD_FAILURE() << "no error; wanted " << words.front();
+  } catch (const Error& e) {
+    const std::string what = e.what();
+    EXPECT_NE(what.find(dir.string()), std::string::npos) << what;
+    EXPECT_EQ(what.find('\n'), std::string::npos) << what;
+    for (const std::string& word : words) EXPECT_NE(what.find(word), std::string::npos) << what;
+  }
+}
+
 TEST_F(Pretrained, RoundTripIsExact) {
   for (const bool hybrid : {false, true}) {
     Transformer model(tiny_config(hybrid));
@@ -87,6 +99,43 @@ TEST_F(Pretrained, HybridConfigIsWholeUnderModel) {
   EXPECT_EQ(config["model_type"], "hymoe");
   EXPECT_EQ(config["model"]["moe"]["branches"][1]["router"]["kind"], "segment");
   EXPECT_EQ(config["model"]["moe"]["dim"], 16);
+}
+
+// Of a router that looks ahead or mixes documents in evaluation; dropping and a predictor's choice are
+// training's.
+TEST_F(Pretrained, NoncausalModelsSaySo) {
+  const auto folder_of = [&](const RouterConfig& router) {
+    ModelConfig config = tiny_config(true);
+    config.moe.branches[1].router = router;
+    save_pretrained(Transformer(config), folder_ / "word");
+    return folder_ / "word";
+  };
+  const auto write_word = [](const fs::path& dir, const json& word) {
+    json config = json::parse(read_text(dir / "config.json"));
+    config["noncausal"] = word;
+    write_file_atomic(dir / "config.json", config.dump());
+  };
+  for (const RouterConfig& router :
+       {RouterConfig{.kind = "segment", .score = "own", .allow_noncausal = true},
+        {.kind = "segment", .select = "expert_choice"},
+        {.kind = "segment", .select = "expert_choice", .choice_pool = "sequence"},
+        {.kind = "expert_choice"}}) {
+    const fs::path dir = folder_of(router);
+    EXPECT_EQ(json::parse(read_text(dir / "config.json"))["noncausal"], true);
+    EXPECT_TRUE(load_pretrained(dir)->noncausal());
+    write_word(dir, nullptr);
+    expect_load_fails(dir, {"config.json: noncausal", "expected true"});
+  }
+  for (const RouterConfig& router : {RouterConfig{.capacity_factor = 0.5},
+                                     {.kind = "segment"},
+                                     {.kind = "segment", .select = "predictor"},
+                                     {.kind = "threshold"}}) {
+    const fs::path dir = folder_of(router);
+    EXPECT_FALSE(json::parse(read_text(dir / "config.json")).contains("noncausal")) << router.kind;
+    EXPECT_FALSE(load_pretrained(dir)->noncausal());
+    write_word(dir, true);
+    expect_load_fails(dir, {"config.json: noncausal", "expected false"});
+  }
 }
 
 TEST_F(Pretrained, BuffersKeepTheirTypeInBfloat16) {
@@ -119,18 +168,6 @@ void rewrite(const fs::path& dir, const std::function<void(NamedTensors&)>& chan
   }
   change(tensors);
   write_safetensors(dir / "model.safetensors", tensors);
-}
-
-void expect_load_fails(const fs::path& dir, const std::vector<std::string>& words) {
-  try {
-    load_pretrained(dir);
-    ADD_FAILURE() << "no error; wanted " << words.front();
-  } catch (const Error& e) {
-    const std::string what = e.what();
-    EXPECT_NE(what.find(dir.string()), std::string::npos) << what;
-    EXPECT_EQ(what.find('\n'), std::string::npos) << what;
-    for (const std::string& word : words) EXPECT_NE(what.find(word), std::string::npos) << what;
-  }
 }
 
 TEST_F(Pretrained, BadTensorsAreNamed) {

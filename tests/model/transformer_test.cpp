@@ -181,6 +181,30 @@ TEST(Transformer, RouterThatLooksAheadDoesNotDecode) {
   EXPECT_NO_THROW(logits(allowed, random_tokens(5), documents({5}), &other));
 }
 
+// Weighs a row by how many documents there are: no look ahead, but a dependence on the batch.
+struct Mixing : Router {
+  Routing forward(const Tensor& x, const Packing& packing) override {
+    const auto documents = static_cast<double>(packing.documents());
+    return {.expert_ids = at::zeros({x.size(0), 1}, at::kLong),
+            .weights = at::full({x.size(0), 1}, documents)};
+  }
+  bool batch_independent() const override { return false; }
+};
+
+TEST(Transformer, RouterThatDependsOnTheBatchDoesNotDecodeEither) {
+  routers().add("mixing", [](const RouterArgs&) { return std::make_shared<Mixing>(); });
+  ModelConfig config = hybrid_config();
+  config.moe.branches[1].router = {.kind = "mixing"};
+  Transformer model = make_model(config);
+  EXPECT_TRUE(model->causal());
+  EXPECT_FALSE(model->batch_independent());
+  EXPECT_TRUE(model->noncausal());
+  KVCache cache(config, 1);
+  EXPECT_THROW(logits(model, random_tokens(5), documents({5}), &cache), ConfigError);
+  Transformer other = make_model(hybrid_config());
+  EXPECT_FALSE(other->noncausal());
+}
+
 TEST(Transformer, LossIsCrossEntropyOfTheLogits) {
   Transformer model = make_model(hybrid_config());
   const Tensor tokens = random_tokens(12), weights = at::arange(12).to(at::kFloat) / 10;

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include "hymoe/config/schema.h"
 #include "moe/layers.h"
 
 namespace hymoe {
@@ -369,11 +370,21 @@ TEST_P(TokenModes, TrainingIsToo_UnlessItDrops) {
   Packing packing = Packing::of(1, 4);
   DecodeState state(1);
   packing.state = &state;
-  if (ahead) {
+  if (drops) {
     EXPECT_THROW(moe->forward(at::zeros({4, 8}, at::kDouble), packing), ConfigError);
   } else {
     EXPECT_NO_THROW(moe->forward(at::zeros({4, 8}, at::kDouble), packing));
   }
+}
+
+TEST(Help, SaysWhatLooksAheadAndWhatDependsOnTheBatch) {
+  std::map<std::string, std::string> help;
+  for (const SchemaEntry& entry : describe<RouterConfig>()) help[entry.path] = entry.help;
+  for (const std::string key : {"kind", "score", "select", "choice_pool", "drop", "allow_noncausal"})
+    EXPECT_TRUE(help[key].find("look") != std::string::npos && help[key].find("ahead") != std::string::npos)
+        << key;
+  for (const std::string key : {"kind", "select", "choice_pool", "capacity_factor", "allow_noncausal"})
+    EXPECT_NE(help[key].find("depends on the batch"), std::string::npos) << key;
 }
 
 }  // namespace

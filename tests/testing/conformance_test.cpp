@@ -1,5 +1,6 @@
 #include "hymoe/testing/conformance.h"
 
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/types.h>
@@ -13,6 +14,13 @@ Outcome outcome(const Report& report, const std::string& law) {
   }
   ADD_FAILURE() << "no law " << law;
   return Outcome::kPassed;
+}
+
+std::string detail(const Report& report, const std::string& law) {
+  for (const Finding& finding : report.findings) {
+    if (finding.law == law) return finding.detail;
+  }
+  return "no such law";
 }
 
 Report check_built_in(const RouterConfig& config) {
@@ -30,6 +38,7 @@ TEST(Conformance, BuiltInRoutersPass) {
       check_built_in({.kind = "segment", .segment_len = 4, .score = "own", .select = "expert_choice"});
   EXPECT_TRUE(paper.ok()) << paper.text();
   EXPECT_EQ(outcome(paper, "causality"), Outcome::kDeclared);
+  EXPECT_NE(paper.text().find("declared  causality: changing row"), std::string::npos) << paper.text();
 }
 
 TEST(Conformance, EveryTokenRouterPasses) {
@@ -62,23 +71,58 @@ TEST(Conformance, EveryModeOfTheSegmentRouterPasses) {
   }
 }
 
+// The experts begin.. of a pool in stacked weights, a count of `end - begin`; `from` is where they are taken.
+std::shared_ptr<Experts> part_of(Experts& whole, int64_t begin, int64_t end, int64_t from) {
+  const auto part = experts().make("swiglu", {8, 6, end - begin});
+  const at::NoGradGuard no_grad;
+  for (auto& item : part->named_parameters())
+    item.value().copy_(whole.named_parameters()[item.key()].slice(0, from, from + end - begin));
+  return part;
+}
+
 TEST(Conformance, BuiltInExpertsPass) {
-  const Report swiglu = check_experts([] { return experts().make("swiglu", {8, 6, 4}); });
+  const auto make = [] { return experts().make("swiglu", {8, 6, 4}); };
+  const Report swiglu = check_experts(make, {.make_part = [](Experts& whole, int64_t begin, int64_t end) {
+                                        return part_of(whole, begin, end, begin);
+                                      }});
   EXPECT_TRUE(swiglu.ok()) << swiglu.text();
+  EXPECT_EQ(outcome(swiglu, "expert parallelism"), Outcome::kPassed);
+  const Report wrong = check_experts(make, {.make_part = [](Experts& whole, int64_t begin, int64_t end) {
+                                       return part_of(whole, begin, end, 0);
+                                     }});
+  EXPECT_EQ(outcome(wrong, "expert parallelism"), Outcome::kFailed);
   const Report list = check_experts([] { return expert_list(4, [] { return torch::nn::Linear(8, 8); }); });
   EXPECT_TRUE(list.ok()) << list.text();
 }
 
-enum class Defect { kPeek, kDetach, kTie, kPadding, kHalfGradient };
+enum class Defect {
+  kNone,
+  kPeek,
+  kDetach,
+  kTie,
+  kPadding,
+  kPaddedLoss,
+  kForgets,
+  kHalfGradient,
+  kOrder,
+  kThreads,
+  kNoRows,
+  kSharedForm
+};
 
 // Each row to its best expert, with one defect.
 struct Broken : Router {
-  explicit Broken(Defect planted) : defect(planted) {
+  explicit Broken(Defect planted, bool declares = false) : defect(planted), declares(declares) {
     weight = register_parameter("weight", at::randn({4, 8}));
   }
   Routing forward(const Tensor& x, const Packing& packing) override {
     Tensor logits = at::linear(x, weight);
     if (defect == Defect::kPeek) logits = logits + logits.sum(0);
+    if (defect == Defect::kThreads) logits = logits / at::get_num_threads();
+    if (defect == Defect::kForgets)  // takes the first row of a call for that of its document
+      logits = logits * at::isin(at::arange(x.size(0)), packing.offsets).logical_not().unsqueeze(1);
+    if (defect == Defect::kOrder)  // the first document that has a row is another than the others
+      logits = logits * (1 + (at::arange(x.size(0)).unsqueeze(1) < 9));
     const Tensor noise = defect == Defect::kTie ? 1e-9 * at::rand_like(logits) : at::zeros_like(logits);
     Tensor ids = (logits + noise).detach().argmax(1, true);
     Tensor weights = at::sigmoid(logits).gather(1, ids);
@@ -88,9 +132,16 @@ struct Broken : Router {
       ids = ids.masked_fill(packing.padding.unsqueeze(1), -1);
       weights = weights.masked_fill(packing.padding.unsqueeze(1), 0);
     }
-    return {.expert_ids = ids, .weights = weights};
+    Routing routing{.expert_ids = ids, .weights = weights};
+    if (defect == Defect::kPaddedLoss) routing.aux_loss = logits.detach().square().sum();
+    if (defect == Defect::kNoRows) routing.aux_loss = logits.detach().mean();
+    if (defect == Defect::kSharedForm) routing.shared_weight = 1 - weights;
+    return routing;
   }
+  bool causal() const override { return !declares; }
+  bool batch_independent() const override { return !declares; }
   Defect defect;
+  bool declares;
   Tensor weight;
 };
 
@@ -99,15 +150,39 @@ TEST(Conformance, PlantedRouterDefectsAreCaught) {
                                     {Defect::kDetach, "gate gradients"},
                                     {Defect::kHalfGradient, "gate gradients"},
                                     {Defect::kTie, "determinism"},
-                                    {Defect::kPadding, "padding"}}) {
+                                    {Defect::kOrder, "batch independence"},
+                                    {Defect::kThreads, "determinism"},
+                                    {Defect::kNoRows, "no rows"},
+                                    {Defect::kSharedForm, "form"},
+                                    {Defect::kPadding, "padding"},
+                                    {Defect::kPaddedLoss, "padding"},
+                                    {Defect::kForgets, "decoding"}}) {
     const Report report = check_router([d = defect] { return std::make_shared<Broken>(d); });
     EXPECT_EQ(outcome(report, law), Outcome::kFailed) << law << "\n" << report.text();
   }
 }
 
-// One matrix an expert, with one of two defects.
+TEST(Conformance, ARouterWithoutADefectPassesAll) {
+  const Report report = check_router([] { return std::make_shared<Broken>(Defect::kNone); });
+  for (const Finding& finding : report.findings)
+    EXPECT_EQ(finding.outcome, Outcome::kPassed) << report.text();
+}
+
+TEST(Conformance, WhatIsDeclaredIsTriedAndTold) {
+  const Report peeks = check_router([] { return std::make_shared<Broken>(Defect::kPeek, true); });
+  EXPECT_TRUE(peeks.ok()) << peeks.text();
+  EXPECT_EQ(detail(peeks, "causality"), "changing row 1 changed a decision before it");
+  EXPECT_EQ(detail(peeks, "batch independence"), "document 0 is routed otherwise when it is alone");
+  const Report does_not = check_router([] { return std::make_shared<Broken>(Defect::kNone, true); });
+  EXPECT_EQ(outcome(does_not, "causality"), Outcome::kDeclared);
+  EXPECT_EQ(detail(does_not, "causality"), "not kept, it says; nothing of it was seen");
+}
+
+enum class ExpertsDefect { kSkipsEmpty, kOrder, kThreads, kStrides };
+
+// One matrix an expert, with one defect.
 struct BrokenExperts : Experts {
-  explicit BrokenExperts(bool skips) : skips_empty(skips) {
+  explicit BrokenExperts(ExpertsDefect planted) : defect(planted) {
     for (int e = 0; e < 4; ++e)
       weights.push_back(register_parameter("weight" + std::to_string(e), at::randn({8, 8})));
   }
@@ -118,20 +193,26 @@ struct BrokenExperts : Experts {
       const int64_t n = rows_per_expert[e].item<int64_t>();
       const Tensor part = rows.narrow(0, begin, n);
       begin += n;
-      if (skips_empty && n == 0) continue;
-      results.push_back(at::linear(skips_empty ? part : part.cumsum(0), weights[e]));
+      if (defect == ExpertsDefect::kSkipsEmpty && n == 0) continue;
+      results.push_back(at::linear(defect == ExpertsDefect::kOrder ? part.cumsum(0) : part, weights[e]));
     }
-    return at::cat(results);
+    const Tensor y = at::cat(results);
+    if (defect == ExpertsDefect::kStrides && !rows.is_contiguous()) return y * 2;
+    return defect == ExpertsDefect::kThreads ? y * at::get_num_threads() : y;
   }
-  bool skips_empty;
+  ExpertsDefect defect;
   std::vector<Tensor> weights;
 };
 
 TEST(Conformance, PlantedExpertDefectsAreCaught) {
-  const Report missing = check_experts([] { return std::make_shared<BrokenExperts>(true); });
-  EXPECT_EQ(outcome(missing, "experts without rows"), Outcome::kFailed) << missing.text();
-  const Report order = check_experts([] { return std::make_shared<BrokenExperts>(false); });
-  EXPECT_EQ(outcome(order, "independence of rows"), Outcome::kFailed) << order.text();
+  for (const auto& [defect, law] :
+       {std::pair<ExpertsDefect, std::string>{ExpertsDefect::kSkipsEmpty, "experts without rows"},
+        {ExpertsDefect::kOrder, "independence of rows"},
+        {ExpertsDefect::kThreads, "determinism"},
+        {ExpertsDefect::kStrides, "non-contiguous rows"}}) {
+    const Report report = check_experts([d = defect] { return std::make_shared<BrokenExperts>(d); });
+    EXPECT_EQ(outcome(report, law), Outcome::kFailed) << law << "\n" << report.text();
+  }
 }
 
 }  // namespace

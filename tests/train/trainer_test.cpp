@@ -7,6 +7,7 @@
 #include "hymoe/config/config.h"
 #include "hymoe/io/file.h"
 #include "hymoe/io/safetensors.h"
+#include "hymoe/model/kv_cache.h"
 #include "hymoe/model/pretrained.h"
 #include "train/run_test.h"
 
@@ -292,6 +293,42 @@ TEST_F(TrainerTest, ADamagedCheckpointIsNamed) {
   EXPECT_THROW(verify_checkpoint(file.parent_path()), DataError);
   fs::remove(file);
   EXPECT_THROW(verify_checkpoint(file.parent_path()), DataError);
+}
+
+TEST_F(TrainerTest, TrainedModelsDecodeWithTheLossOfOneForward) {
+  const auto losses = [&](const std::string& score, const std::string& select) {
+    TrainConfig config = this->config(score + "-" + select);
+    RouterConfig& router = config.model.moe.branches[1].router;
+    router.score = score;
+    router.select = select;
+    router.capacity = 2;
+    router.allow_noncausal = score == "own";
+    Trainer(config).run();
+    Transformer model = load_pretrained(checkpoint(config.name));
+    model->eval();
+    const torch::NoGradGuard no_grad;
+    const Tensor text = Batches(config.data).at(1000).tokens.flatten();
+    const int64_t n = text.numel() - 1;
+    const LossOutput out = model->loss(text.slice(0, 0, n), text.slice(0, 1), Packing::of(1, n));
+    EXPECT_GT(out.loads[1].load.covered.item<int64_t>(), 0) << config.name;
+    KVCache cache(model->config(), 1);
+    double nats = 0;
+    for (int64_t t = 0; t < n; ++t) {
+      const Tensor hidden = model->hidden(text.slice(0, t, t + 1), Packing::of(1, 1), &cache).hidden;
+      nats -= model->logits(hidden).log_softmax(1)[0][text[t + 1].item<int64_t>()].item<double>();
+    }
+    return std::pair(out.loss.item<double>() / static_cast<double>(n), nats / static_cast<double>(n));
+  };
+  for (const auto& [score, select] : {std::pair("previous", "threshold"),
+                                      {"sliding", "top_k"},
+                                      {"prefix", "predictor"},
+                                      {"previous", "prefix_choice"}}) {
+    const auto [whole, steps] = losses(score, select);
+    EXPECT_NEAR(whole, steps, 1e-4) << score << " " << select;
+    EXPECT_LT(whole, 5) << "log 257 is 5.5: nothing was learned";
+  }
+  const auto [whole, steps] = losses("own", "expert_choice");
+  EXPECT_GT(std::abs(whole - steps), 1e-3) << "the published method is not decodable, and this test sees it";
 }
 
 TEST_F(TrainerTest, BadSettingsAreNamed) {

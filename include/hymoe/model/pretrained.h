@@ -1,6 +1,7 @@
 #pragma once
 
 #include <filesystem>
+#include <optional>
 #include <string>
 
 #include <ATen/core/Tensor.h>
@@ -19,14 +20,17 @@ namespace hymoe {
 /// that names the file and the key.
 ModelConfig read_model_config(const std::filesystem::path& dir);
 
+/// What `dir`/config.json says under "noncausal"; nothing where it does not say.
+std::optional<bool> read_noncausal(const std::filesystem::path& dir);
+
 /// config.json of a model: a dense one as transformers reads it (5 and older), a hybrid one with model_type
-/// "hymoe" and all of the config under "model".
-nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype);
+/// "hymoe" and all of the config under "model", and "noncausal": true where Transformer::noncausal().
+nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype, bool noncausal);
 
 /// A model from a folder: config.json, and model.safetensors or its shards in F32, F16 or BF16. Parameters
 /// become `dtype`; buffers keep theirs. Tensors are read one at a time, of each this rank's part. A missing,
-/// extra or misshapen tensor is a DataError that lists the names; a tied lm_head.weight may be present if it
-/// equals the embedding.
+/// extra or misshapen tensor is a DataError that lists the names, and so is a "noncausal" that is not what
+/// the model's routers say; a tied lm_head.weight may be present if it equals the embedding.
 Transformer load_pretrained(const std::filesystem::path& dir, at::Device device = at::kCPU,
                             at::ScalarType dtype = at::kFloat, const Mesh& mesh = {});
 

@@ -62,8 +62,7 @@ class TransformerImpl : public torch::nn::Module {
   explicit TransformerImpl(ModelConfig config, Mesh mesh = {}, Init init = Init::kRandom);
 
   /// With a cache the documents of `packing` continue those of the cache, `packing.state` is the cache's,
-  /// there are no gradients, padding is refused, and so is (ConfigError) a router that is not causal unless
-  /// its config allows it.
+  /// there are no gradients, padding is refused, and check_decodable() comes first.
   ModelOutput hidden(const Tensor& tokens, const Packing& packing, KVCache* cache = nullptr);
   /// [T, D] -> [T, vocab_size] on every rank, in the dtype of hidden.
   Tensor logits(const Tensor& hidden) const;
@@ -85,8 +84,14 @@ class TransformerImpl : public torch::nn::Module {
   const Mesh& mesh() const { return mesh_; }
   /// The MoE layer at `layer`. Throws for a dense layer.
   MoE moe(int64_t layer) const;
-  /// Whether no output can depend on later rows of its document.
+  /// Whether no output can depend on later rows of its document, or on other documents.
   bool causal() const;
+  bool batch_independent() const;
+  /// Whether an output in evaluation can depend on either.
+  bool noncausal() const;
+  /// Throws ConfigError for a router that looks ahead or depends on other documents, unless its config has
+  /// allow_noncausal.
+  void check_decodable() const;
 
   /// Parameters of the whole model, whatever this rank has of it, shared ones once; what follows likewise.
   int64_t num_params() const;

@@ -119,8 +119,8 @@ class MoEImpl : public torch::nn::Module {
   explicit MoEImpl(const MoEConfig& config, const Mesh& mesh = {});
 
   /// x [T, D], documents as packing says; or, without a packing, x [B, S, D], each batch row a document. With
-  /// packing.state, throws ConfigError for a router that is not causal unless its config has allow_noncausal.
-  /// With `recompute` the backward pass runs all but the routers again instead of keeping what it needs.
+  /// packing.state, check_decodable() comes first. With `recompute` the backward pass runs all but the routers
+  /// again instead of keeping what it needs.
   MoEOutput forward(const Tensor& x, const Packing& packing = {}, bool recompute = false);
   /// After an optimizer step: end_step of every router.
   void end_step(const Group& group = {});
@@ -131,6 +131,10 @@ class MoEImpl : public torch::nn::Module {
   /// Whether every router is causal, or independent of other documents.
   bool causal() const;
   bool batch_independent() const;
+
+  /// Throws ConfigError for a router that looks ahead or depends on other documents, unless its config has
+  /// allow_noncausal.
+  void check_decodable() const;
 
   /// Of the whole layer, whatever this rank has of it; so is num_active_params().
   int64_t num_params() const;

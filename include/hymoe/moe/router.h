@@ -55,7 +55,8 @@ struct RouterConfig {
     return hymoe::fields(
         field("kind", &C::kind,
               "name of a registered router; built in: topk and sparse_mixer (a unit is a row), segment (a "
-              "window), expert_choice and threshold (as segment's, for rows; expert_choice looks ahead)"),
+              "window), expert_choice and threshold (as segment's, for rows; expert_choice looks ahead and "
+              "depends on the batch)"),
         field("top_k", &C::top_k,
               "experts a unit goes to (topk, sparse_mixer, and segment with select top_k)")
             .at_least(1),
@@ -84,14 +85,13 @@ struct RouterConfig {
               "sparse_mixer)")
             .at_least(0)
             .below(1),
-        field(
-            "capacity_factor", &C::capacity_factor,
-            "in training, an expert keeps at most this times an even share of the choices of a call; 0: all "
-            "(topk)")
+        field("capacity_factor", &C::capacity_factor,
+              "in training, an expert keeps at most this times an even share of the choices of a call, which "
+              "depends on the batch; 0: all (topk)")
             .at_least(0),
         field("drop", &C::drop,
-              "which choices a full expert keeps: those of highest weight, which looks ahead in training, or "
-              "the first")
+              "which choices a full expert keeps: those of highest weight, which looks ahead, or the first "
+              "(both in training only)")
             .one_of({"probability", "position"}),
         field("mixer_eps", &C::mixer_eps,
               "sparse_mixer samples among logits within about 2·mixer_eps of the largest, relatively")
@@ -125,12 +125,12 @@ struct RouterConfig {
               "before it (prefix); or every row by the segment_len rows up to it (sliding)")
             .one_of({"own", "previous", "prefix", "sliding"}),
         field("select", &C::select,
-              "who takes a window: expert_choice looks ahead and is for comparison, predictor does so in "
-              "training "
-              "only; threshold, prefix_choice and top_k never do")
+              "who takes a window: expert_choice looks ahead, depends on the batch and is for comparison, "
+              "predictor does both in training only; threshold, prefix_choice and top_k never do")
             .one_of({"expert_choice", "threshold", "prefix_choice", "predictor", "top_k"}),
         field("choice_pool", &C::choice_pool,
-              "the windows among which an expert chooses (expert_choice, predictor)")
+              "the windows among which an expert chooses (expert_choice, predictor): those of a micro_batch, "
+              "which depends on the batch, or of a sequence; both look ahead")
             .one_of({"micro_batch", "sequence"}),
         field("capacity_unit", &C::capacity_unit,
               "what capacity counts (expert_choice, predictor, threshold); prefix_choice counts windows")
@@ -149,8 +149,10 @@ struct RouterConfig {
         field("threshold_decay", &C::threshold_decay, "how much of the old cut-off a step keeps (threshold)")
             .at_least(0)
             .below(1),
-        field("allow_noncausal", &C::allow_noncausal,
-              "let a router that looks ahead decode, on what it has seen"),
+        field(
+            "allow_noncausal", &C::allow_noncausal,
+            "let a router that looks ahead or depends on the batch generate text, from what it has seen; the "
+            "config.json of its checkpoints says noncausal"),
         field("options", &C::options, "for routers of your own"));
   }
   void check() const;
