@@ -194,8 +194,8 @@ void Trainer::Run::save(bool background) {
       .optimizer = optimizer_->owned_state(),
       .state = state_,
       .config_yaml = to_yaml(config_),
-      .model_config = model_config_json(config_.model, gradients_->options().dtype().toScalarType(),
-                                        model_->noncausal()),
+      .model_config =
+          model_config_json(config_.model, gradients_->options().dtype().toScalarType(), model_->noncausal()),
       .tokenizer_dir = fs::is_directory(tokenizer_path_) ? tokenizer_path_ : tokenizer_path_.parent_path()};
   if (is_first()) {
     for (const auto& item : model_->named_buffers())
