@@ -1,6 +1,7 @@
 #include "hymoe/train/checkpoint.h"
 
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -292,6 +293,7 @@ TEST(CheckpointWriterTest, AnErrorOfTheThreadIsThrownByTheNextCall) {
 
 // One rank's process: saves checkpoint after checkpoint until it, or another rank, is killed.
 [[noreturn]] void save_until_killed(const fs::path& run, const fs::path& store_file, int rank, int64_t step) {
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // with the test
   at::set_num_threads(1);
   try {
     const auto store = c10::make_intrusive<c10d::FileStore>(store_file.string(), 2);
@@ -333,7 +335,7 @@ TEST(CheckpointWriterTest, ARankKilledAtAnyMomentLeavesTheCheckpointBefore) {
     ::waitpid(ranks[victim], &status, 0);
     ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) << trial << ": " << WEXITSTATUS(status);
     ::waitpid(ranks[1 - victim], &status, 0);
-    ASSERT_TRUE(WIFEXITED(status));
+    ASSERT_TRUE(WIFEXITED(status)) << "the other rank died of signal " << WTERMSIG(status);
     EXPECT_EQ(WEXITSTATUS(status), 3) << "the other rank did not end with an Error of its checkpoint";
     EXPECT_GT(newest_step(run.path()), step);
     step = newest_step(run.path());
