@@ -4,9 +4,6 @@
 #include <array>
 #include <chrono>
 #include <cstdio>
-#include <map>
-#include <numeric>
-#include <set>
 #include <utility>
 
 #include <ATen/ops/empty.h>
