@@ -17,6 +17,7 @@ import time
 import unittest
 
 HYMOE, CONFIGS = os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2])
+TORCHRUN = os.path.join(os.path.dirname(sys.executable), "torchrun")
 
 
 def run(*args, stdin="", **kwargs):
@@ -316,6 +317,49 @@ class Program(unittest.TestCase):
             self.assertEqual(process.returncode, 0, err)
             self.assertIn("stopped after step", out)
             self.assertTrue(os.path.exists("runs/signal/latest"))
+
+    def torchrun(self, ranks, *args, **kwargs):
+        """Starts ranks of hymoe by torchrun, where the Python that runs this has one."""
+        if not os.path.exists(TORCHRUN):
+            self.skipTest("torchrun is not there: run this with the Python of LibTorch's environment")
+        return subprocess.Popen([TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", str(ranks), HYMOE, *map(str, args)],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+    def finish(self, process):
+        out, err = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, err)
+        return out
+
+    def losses(self, run_name):
+        return [row["lm_loss"] if "lm_loss" in row else row["loss/rust"] for row in map(json.loads, open(f"runs/{run_name}/metrics.jsonl"))]
+
+    def test_processes_train_as_one_does(self):
+        settings = ["moe.yaml", "steps=10", "micro_batch=2"]
+        self.ok("train", *settings, "name=alone")
+        out = self.finish(self.torchrun(2, "train", *settings, "name=two", "optimizer.shard=true"))
+        self.assertEqual(out.count("finished after step 10"), 1, "rank 0 alone prints")
+        alone, two = self.losses("alone"), self.losses("two")
+        self.assertEqual(len(alone), len(two))
+        self.assertLess(max(abs(a - b) for a, b in zip(alone, two)), 1e-4)
+
+    def test_sigterm_of_one_rank_stops_all_with_a_checkpoint(self):
+        process = self.torchrun(2, "train", "moe.yaml", "name=two_stop", "steps=100000", "micro_batch=2", "checkpoint.interval=0")
+        while not os.path.exists("runs/two_stop/metrics.jsonl") or '"lm_loss"' not in open("runs/two_stop/metrics.jsonl").read():
+            time.sleep(0.05)
+        children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+        ranks = [child for child in children if os.path.realpath(f"/proc/{child}/exe") == os.path.realpath(HYMOE)]
+        self.assertEqual(len(ranks), 2)
+        os.kill(int(ranks[1]), signal.SIGTERM)
+        self.assertIn("stopped after step", self.finish(process))
+        self.assertTrue(os.path.exists("runs/two_stop/latest"))
+
+    def test_an_error_of_a_rank_names_it(self):
+        process = self.torchrun(2, "train", "moe.yaml", "name=none", "data.batch_size=3")
+        out, err = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 1, err)
+        for rank in range(2):
+            self.assertIn(f"hymoe: rank {rank} of 2: data.batch_size: must be a multiple of dp·ep, 2, got 3\n", err)
+        self.assertIn("eval is one process's work, got 2", self.error("eval", "dense.yaml", env={**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}))
 
     def test_a_full_disk_leaves_earlier_checkpoints(self):
         self.ok("train", "moe.yaml", "name=full", "steps=4")
