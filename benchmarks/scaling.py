@@ -22,28 +22,30 @@ MODEL = {
 }
 
 
-def train(args, folder, name, processes, mesh, threads):
-    overrides = [MODEL[name.split()[0]] % args.vocab, f"data={{path: {os.path.abspath(args.data)}, seq_len: 512, "
-                 f"batch_size: {args.rows * processes}}}", f"name={processes}-{name.replace(' ', '-')}", f"runs={folder}",
-                 f"steps={args.steps}", f"threads={threads}", "eval.tokens=0", "checkpoint.interval=0", "diagnose_interval=0", *mesh]
-    config = os.path.join(folder, "empty.yaml")
-    open(config, "w").close()
-    launcher = [] if processes == 1 else [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--no-python",
-                                          "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run([*launcher, args.hymoe, "train", config, *overrides, "--json"], env=environment, text=True,
-                            capture_output=True)
+def settings(args, name, processes, mesh):
+    return [MODEL[name.split()[0]] % args.vocab, f"data={{path: {os.path.abspath(args.data)}, seq_len: 512, "
+            f"batch_size: {args.rows * processes}}}", *mesh]
+
+
+def run(command, **kwargs):
+    result = subprocess.run(command, text=True, capture_output=True, **kwargs)
     if result.returncode != 0:
         sys.exit(result.stderr)
-    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return result.stdout
+
+
+def train(args, folder, config, overrides, processes, threads):
+    launcher = [] if processes == 1 else [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--no-python",
+                                          "--nproc-per-node", str(processes)]
+    out = run([*launcher, args.hymoe, "train", config, *overrides, f"runs={folder}", f"steps={args.steps}", f"threads={threads}",
+               "eval.tokens=0", "checkpoint.interval=0", "diagnose_interval=0", "--json"],
+              env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     return statistics.median(row["tokens_per_second"] for row in rows[1:] if "lm_loss" in row)
 
 
 def plan(args, path, *overrides):
-    result = subprocess.run([args.hymoe, "plan", path, *overrides, "--json"], text=True, capture_output=True)
-    if result.returncode != 0:
-        sys.exit(result.stderr)
-    return json.loads(result.stdout)
+    return json.loads(run([args.hymoe, "plan", path, *overrides, "--json"]))
 
 
 def main():
@@ -58,15 +60,20 @@ def main():
     parser.add_argument("--config", default=os.path.join(os.path.dirname(__file__), "../configs/growth-70b.yaml"))
     args = parser.parse_args()
     if args.data:
-        print("| model | processes | threads each | tokens/s | against one process |\n|---|---|---|---|---|")
+        print("| model | processes | threads each | tokens/s | against one process | planned |\n|---|---|---|---|---|---|")
         with tempfile.TemporaryDirectory() as folder:
-            for name, mesh in (("dense", []), ("moe", []), ("moe ep", ["parallel.ep=%d"])):
-                alone = None
+            config = os.path.join(folder, "empty.yaml")
+            open(config, "w").close()
+            for name in ("dense", "moe", "moe ep"):
+                alone = planned_alone = None
                 for n in args.processes:
                     threads = max(1, args.threads // n)
-                    speed = train(args, folder, name, n, [part % n for part in mesh], threads)
-                    alone = alone or speed
-                    print(f"| {name} | {n} | {threads} | {speed:.0f} | {speed / alone:.2f} |", flush=True)
+                    overrides = settings(args, name, n, [f"parallel.ep={n}"] if name.endswith("ep") else [])
+                    speed = train(args, folder, config, [*overrides, f"name={n}-{name.replace(' ', '-')}"], n, threads)
+                    planned = plan(args, config, *overrides, f"processes={n}", "hardware.kind=core",
+                                   f"hardware.flops={100e9 * args.threads / n}")["tokens_per_second"]
+                    alone, planned_alone = alone or speed, planned_alone or planned
+                    print(f"| {name} | {n} | {threads} | {speed:.0f} | {speed / alone:.2f} | {planned / planned_alone:.2f} |", flush=True)
     print("\n| GPUs | step | computing | exposed communication | tokens/s | a GPU, against the fewest | memory a rank |\n"
           "|---|---|---|---|---|---|---|")
     base = None

@@ -52,11 +52,10 @@ double activation_bytes(const PlanSetting& s) {
   const double ends = 2 * dim + 3 * kFloat;  // the last norm's input, and the gradient of its result
   if (!s.config.recompute)
     return s.rows * (s.layers * attention + s.moe_layers * moe + (s.layers - s.moe_layers) * dense + ends);
-  // The inputs of both halves, what routers keep, and all of the half that is run again.
+  // The inputs of both halves, and what routers keep.
   const FfnNumbers ffn = s.ffn(true);
   const double routing = dim + ffn.router_bytes + ffn.slots * (kFloat + 2 * kLong);
-  const double again = std::max({attention, s.moe_layers > 0 ? moe : 0, s.moe_layers < s.layers ? dense : 0});
-  return s.rows * (s.layers * 2 * dim + s.moe_layers * routing + again + ends);
+  return s.rows * (s.layers * 2 * dim + s.moe_layers * routing + ends);
 }
 
 // The chunk of logits, and the gradient of the output matrix, which is made with them.
@@ -72,7 +71,13 @@ double logits_bytes(const PlanSetting& s) {
 double passing_bytes(const PlanSetting& s) {
   const double dim = static_cast<double>(s.model.dim);
   const double rows = s.moe_layers > 0 ? s.ffn(true).rows : 0;
-  return (s.rows * (rows * 2 + 3) * dim + s.largest_gradient) * s.type_bytes;
+  double again = 0;
+  if (s.config.recompute) {
+    again = attention_bytes(s);
+    if (s.moe_layers > 0) again = std::max(again, ffn_bytes(s, true));
+    if (s.moe_layers < s.layers) again = std::max(again, ffn_bytes(s, false));
+  }
+  return (s.rows * (rows * 2 + 3) * dim + s.largest_gradient) * s.type_bytes + s.rows * again;
 }
 
 }  // namespace

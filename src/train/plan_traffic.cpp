@@ -114,7 +114,7 @@ void TrafficPlanner::agreement() {
   }
   add("counts of choices", s_.data, "all_reduce", micro_ * s_.moe_layers, balance);
   add("state of routers", s_.data, "all_reduce", s_.moe_layers, state);
-  add("gradient norm", s_.world, "all_reduce", 1, kLong);
+  add("totals and norm", s_.world, "all_reduce", 2, 2 * kLong);  // three numbers, one
 }
 
 }  // namespace
