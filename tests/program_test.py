@@ -57,7 +57,9 @@ MOE = """, moe_layers: [1],
     {name: segment, num_experts: 3, hidden: 24, router: {kind: segment, segment_len: 8, threshold_decay: 0.5}}]}"""
 
 
-class Program(unittest.TestCase):
+class Workspace(unittest.TestCase):
+    """A folder with a tokenizer, token files and a dense and a hybrid model."""
+
     @classmethod
     def setUpClass(cls):
         cls.dir = tempfile.mkdtemp(prefix="hymoe_program_")
@@ -99,6 +101,20 @@ class Program(unittest.TestCase):
         self.assertTrue(lines[0].startswith("hymoe: "), lines[0])
         return lines[0]
 
+    def torchrun(self, ranks, *args, **kwargs):
+        """Starts ranks of hymoe by torchrun, where the Python that runs this has one."""
+        if not os.path.exists(TORCHRUN):
+            self.skipTest("torchrun is not there: run this with the Python of LibTorch's environment")
+        return subprocess.Popen([TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", str(ranks), HYMOE, *map(str, args)],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+    def finish(self, process):
+        out, err = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, err)
+        return out
+
+
+class Program(Workspace):
     def test_upcycling_writes_a_receipt_of_an_unchanged_model(self):
         receipt = json.load(open("hybrid/receipt.json"))
         self.assertLess(receipt["max_logit_difference"], 1e-3)
@@ -317,18 +333,6 @@ class Program(unittest.TestCase):
             self.assertEqual(process.returncode, 0, err)
             self.assertIn("stopped after step", out)
             self.assertTrue(os.path.exists("runs/signal/latest"))
-
-    def torchrun(self, ranks, *args, **kwargs):
-        """Starts ranks of hymoe by torchrun, where the Python that runs this has one."""
-        if not os.path.exists(TORCHRUN):
-            self.skipTest("torchrun is not there: run this with the Python of LibTorch's environment")
-        return subprocess.Popen([TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", str(ranks), HYMOE, *map(str, args)],
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
-
-    def finish(self, process):
-        out, err = process.communicate(timeout=120)
-        self.assertEqual(process.returncode, 0, err)
-        return out
 
     def losses(self, run_name):
         return [row["lm_loss"] if "lm_loss" in row else row["loss/rust"] for row in map(json.loads, open(f"runs/{run_name}/metrics.jsonl"))]
