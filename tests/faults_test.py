@@ -25,8 +25,14 @@ def rows(name):
 
 
 def ranks_of(launcher):
+    def is_rank(child):
+        try:
+            return os.path.samefile(f"/proc/{child}/exe", HYMOE)
+        except OSError:  # it has ended
+            return False
+
     children = open(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read().split()
-    return [int(child) for child in children if os.path.realpath(f"/proc/{child}/exe") == os.path.realpath(HYMOE)]
+    return [int(child) for child in children if is_rank(child)]
 
 
 class Faults(Workspace):
