@@ -26,6 +26,7 @@ c10::intrusive_ptr<c10d::Store> open_store(const Process& process, milliseconds 
   options.port = static_cast<uint16_t>(process.port);
   options.isServer = process.rank == 0 && !process.store_is_there;
   options.waitWorkers = false;
+  options.multiTenant = true;  // rank 0 opens it twice
   options.timeout = timeout;
   const std::string where = process.address + ":" + std::to_string(process.port);
   try {

@@ -1,9 +1,15 @@
 #include "hymoe/comm/launch.h"
 
+#include <unistd.h>
+
+#include <chrono>
 #include <map>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include <gtest/gtest.h>
+#include <torch/types.h>
 
 #include "hymoe/config/error.h"
 
@@ -92,6 +98,23 @@ TEST(ReadProcess, SaysWhichVariableIsMissingOrWrong) {
   auto beyond = good;
   beyond["RANK"] = "2";
   EXPECT_THROW(process_of(beyond), ConfigError);
+}
+
+TEST(World, RankZeroOpensTheMeetingPlaceWhereNoLauncherDoes) {
+  std::vector<std::thread> ranks;
+  std::vector<int64_t> sums(2);
+  for (int64_t rank = 0; rank < 2; ++rank) {
+    ranks.emplace_back([&, rank] {
+      const Process process{
+          .rank = rank, .world_size = 2, .address = "127.0.0.1", .port = 20000 + getpid() % 20000};
+      const World world(process, {}, /*cuda=*/false, std::chrono::seconds(30));
+      Tensor sum = at::full({1}, rank + 1, at::kLong);
+      world.mesh().world.all_reduce_sum(sum);
+      sums[rank] = sum.item<int64_t>();
+    });
+  }
+  for (std::thread& rank : ranks) rank.join();
+  EXPECT_EQ(sums, std::vector<int64_t>(2, 3));
 }
 
 }  // namespace
