@@ -222,7 +222,7 @@ class Program(Workspace):
         self.assertIn("rows to experts", text)
 
     def test_plan_of_the_published_models(self):
-        for name, processes, parameters, active in [("multipl-moe", 8, 10.8, 3.5), ("grin", 64, 42, 6.6), ("codegeex", 1536, 13, 13),
+        for name, processes, parameters, active in [("multipl-moe", 8, 10.8, 3.5), ("multipl-moe-causal", 8, 10.8, 3.5), ("grin", 64, 42, 6.6), ("codegeex", 1536, 13, 13),
                                                     ("growth-70b", 512, 70, None)]:
             planned = json.loads(self.ok("plan", os.path.join(CONFIGS, name + ".yaml"), f"processes={processes}", "--json"))
             self.assertAlmostEqual(planned["parameters"] / 1e9 / parameters, 1, delta=0.012, msg=name)
@@ -232,6 +232,32 @@ class Program(Workspace):
                                     f"model.num_layers={n}", f"model.moe_layers={list(range(n))}"))["parameters"] for n in (28, 54)]
         self.assertAlmostEqual(grown[0] / 17e9, 1, delta=0.09)
         self.assertAlmostEqual(grown[1] / 35e9, 1, delta=0.01)
+
+    def test_multipl_moe_is_as_published_and_has_a_causal_form(self):
+        shared = {"vocab_size": 151936, "dim": 2048, "num_layers": 24, "moe_layers": list(range(24))}
+        token = {"kind": "topk", "top_k": 1, "shared": "inside"}
+        modes = {"multipl-moe": ("own", "expert_choice", "constant"), "multipl-moe-causal": ("previous", "threshold", "preserve")}
+        for name, (score, select, fusion) in modes.items():
+            model = json.loads(self.ok("config", "train", os.path.join(CONFIGS, name + ".yaml"), "--json"))["model"]
+            upcycle = json.loads(self.ok("config", "upcycle", os.path.join(CONFIGS, name + "-upcycle.yaml"), "--json"))
+            self.assertEqual({key: model[key] for key in shared}, shared, name)
+            self.assertEqual(upcycle["preserve"], fusion == "preserve", name)
+            self.assertEqual(model["freeze"], upcycle["freeze"], name)
+            self.assertIn("lm_head.weight", model["freeze"], name)
+            self.assertEqual(model["moe"]["fusion"], fusion, name)
+            self.assertEqual(model["moe"]["branches"], upcycle["moe"]["branches"], name)
+            self.assertEqual(model["moe"]["shared"], upcycle["moe"]["shared"], name)
+            self.assertEqual(model["moe"]["shared"]["hidden"], 5504, name)
+            of_rows, of_windows = model["moe"]["branches"]
+            self.assertEqual([(b["num_experts"], b["hidden"], b["weight"]) for b in (of_rows, of_windows)], [(5, 5504, 0.7), (6, 5504, 0.3)], name)
+            self.assertEqual({key: of_rows["router"][key] for key in token}, token, name)
+            segment = {"kind": "segment", "segment_len": 64, "score": score, "select": select, "choice_pool": "micro_batch", "pooling": "max",
+                       "capacity": 1, "bucket": 4, "gate_scale": "none"}
+            self.assertEqual({key: of_windows["router"][key] for key in segment}, segment, name)
+
+    def test_moe_lpr_reviews_with_the_published_mean_over_layers(self):
+        review = json.loads(self.ok("config", "train", os.path.join(CONFIGS, "moe-lpr-stage2.yaml"), "init=" + self.dense, "--json"))
+        self.assertAlmostEqual(review["model"]["moe"]["branches"][0]["router"]["prior_loss"] * 24, 0.1, 4)
 
     def test_the_reference_of_all_settings_is_up_to_date(self):
         with open(os.path.join(CONFIGS, "../docs/configuration.md"), encoding="utf-8") as f:
@@ -249,7 +275,8 @@ class Program(Workspace):
                 "model.num_layers=2"]
         experts = ["model.moe_layers=[0, 1]", "model.moe.branches.0.hidden=24"]
         special |= {"codegeex.yaml": tiny, "grin.yaml": tiny + experts, "growth-70b.yaml": tiny + experts,
-                    "multipl-moe.yaml": tiny + experts + ["model.moe.shared.hidden=24", "model.moe.branches.1.hidden=24"]}
+                    **dict.fromkeys(["multipl-moe.yaml", "multipl-moe-causal.yaml"],
+                                    tiny + experts + ["model.moe.shared.hidden=24", "model.moe.branches.1.hidden=24"])}
         for name in files:
             path = os.path.join(CONFIGS, name)
             kind = next((k for k in ("data", "upcycle", "eval") if name.endswith(f"-{k}.yaml")), "train").replace("data", "prepare")

@@ -109,8 +109,13 @@ void copy_weights(const Transformer& dense, Transformer& hybrid) {
 
 // Cut-offs of threshold routers: what expert choice would have cut on the sample. A layer's input depends on
 // the layers before it, so where fusion does not preserve the dense model's output the cut-offs of deep
-// layers settle in a second pass.
+// layers settle in a second pass. Selection biases stay as they are: they answer a router that trains, and
+// this one is fresh.
 void calibrate(Transformer& model, const Sample& sample, int passes, const UpcycleProgress& progress) {
+  std::vector<std::pair<Tensor, Tensor>> biases;
+  for (const auto& item : model->named_buffers()) {
+    if (item.key().ends_with(".router.bias")) biases.emplace_back(item.value(), item.value().clone());
+  }
   model->train();
   const auto batches = static_cast<int64_t>(sample.batches.size());
   for (int pass = 0; pass < passes; ++pass) {
@@ -120,6 +125,7 @@ void calibrate(Transformer& model, const Sample& sample, int passes, const Upcyc
     }
     model->end_step();
   }
+  for (auto& [bias, before] : biases) bias.copy_(before);
   model->eval();
 }
 

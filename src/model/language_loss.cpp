@@ -1,7 +1,9 @@
 #include "hymoe/model/language_loss.h"
 
 #include <cmath>
+#include <cstring>
 #include <numbers>
+#include <sstream>
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
@@ -16,11 +18,39 @@ Batch no_rows() {
   return {.tokens = none, .targets = none, .offsets = at::zeros({1}, at::kLong)};
 }
 
+// A router may set a metric in some calls only, and so on some ranks only: what the others have is 0 of 0
+// calls.
+void agree_on_metrics(std::vector<LayerLoad>& loads, const Group& ranks) {
+  if (loads.empty()) return;
+  std::string own = "\n";  // not empty
+  for (size_t i = 0; i < loads.size(); ++i) {
+    for (const auto& item : loads[i].load.metrics) own += std::to_string(i) + ' ' + item.first + '\n';
+  }
+  const auto device = loads[0].load.rows.device();
+  Tensor longest = at::full({1}, static_cast<int64_t>(own.size()), at::kLong).to(device);
+  ranks.all_reduce_max(longest);
+  own.resize(longest.item<int64_t>(), '\n');
+  Tensor bytes = at::empty({std::ssize(own)}, at::kByte);
+  std::memcpy(bytes.mutable_data_ptr(), own.data(), own.size());
+  const Tensor all = ranks.all_gather(bytes.to(device)).cpu();
+  std::istringstream lines(std::string(static_cast<const char*>(all.const_data_ptr()), all.numel()));
+  for (std::string line; std::getline(lines, line);) {
+    if (line.empty()) continue;
+    BranchLoad& load = loads[std::stoull(line)].load;
+    const std::string name = line.substr(line.find(' ') + 1);
+    load.metrics.try_emplace(name, at::zeros({}, device));
+    load.metric_calls.try_emplace(name, 0);
+  }
+}
+
 }  // namespace
 
 void add_loads(std::vector<LayerLoad>& sum, const std::vector<LayerLoad>& loads) {
   if (sum.empty()) {
     sum = loads;
+    for (LayerLoad& of : sum) {
+      for (const auto& item : of.load.metrics) of.load.metric_calls[item.first] = 1;
+    }
     return;
   }
   for (size_t i = 0; i < loads.size(); ++i) {
@@ -29,23 +59,31 @@ void add_loads(std::vector<LayerLoad>& sum, const std::vector<LayerLoad>& loads)
     total.covered = total.covered + loads[i].load.covered;
     total.rows = total.rows + loads[i].load.rows;
     if (total.joint.defined()) total.joint = total.joint + loads[i].load.joint;
-    for (const auto& [name, value] : loads[i].load.metrics) total.metrics[name] = total.metrics[name] + value;
+    for (const auto& [name, value] : loads[i].load.metrics) {
+      Tensor& all = total.metrics[name];
+      all = all.defined() ? all + value : value;
+      total.metric_calls[name] += 1;
+    }
   }
 }
 
 void sum_loads(std::vector<LayerLoad>& loads, std::vector<double*> numbers, const Group& ranks) {
   if (ranks.size() == 1) return;
+  agree_on_metrics(loads, ranks);
   std::vector<Tensor*> tensors;
   for (LayerLoad& of : loads) {
     BranchLoad& load = of.load;
     tensors.insert(tensors.end(), {&load.rows_per_expert, &load.covered, &load.rows});
     if (load.joint.defined()) tensors.push_back(&load.joint);
-    for (auto& [name, value] : load.metrics) tensors.push_back(&value);
+    for (auto& [name, value] : load.metrics) {
+      tensors.push_back(&value);
+      numbers.push_back(&load.metric_calls[name]);
+    }
   }
   std::vector<Tensor> flat;
   const auto device = loads.empty() ? at::Device(at::kCPU) : loads[0].load.rows.device();
   for (const double* number : numbers) flat.push_back(at::full({1}, *number, at::kDouble).to(device));
-  for (const Tensor* tensor : tensors) flat.push_back(tensor->to(at::kDouble).reshape(-1));
+  for (const Tensor* tensor : tensors) flat.push_back(tensor->to(device, at::kDouble).reshape(-1));
   Tensor sum = at::cat(flat);
   ranks.all_reduce_sum(sum);
   int64_t at = 0;

@@ -13,6 +13,18 @@
 namespace hymoe {
 namespace {
 
+// Whether a unit goes to top_k experts.
+bool chooses(const RouterConfig& router) {
+  return router.kind == "topk" || router.kind == "sparse_mixer" ||
+         (router.kind == "segment" && router.select == "top_k");
+}
+
+// Whether it goes to bucket experts at most.
+bool is_taken(const RouterConfig& router) {
+  return router.kind == "expert_choice" || router.kind == "threshold" ||
+         (router.kind == "segment" && router.select != "top_k");
+}
+
 int64_t count_params(const torch::nn::Module& module) {
   int64_t count = 0;
   for (const Tensor& parameter : module.parameters()) count += parameter.numel();
@@ -74,13 +86,11 @@ void BranchConfig::check() const {
     throw ConfigError("name", "it begins parameter names: expected text without dots, got \"" + name + "\"");
   }
   hymoe::experts().check(experts, "experts");
-  const bool chooses = router.kind == "topk" || router.kind == "sparse_mixer" ||
-                       (router.kind == "segment" && router.select == "top_k");
   if (router.prior_expert && *router.prior_expert >= num_experts) {
     throw ConfigError("router.prior_expert", "expected below num_experts, " + std::to_string(num_experts) +
                                                  ", got " + std::to_string(*router.prior_expert));
   }
-  if (chooses && router.top_k > num_experts) {
+  if (chooses(router) && router.top_k > num_experts) {
     throw ConfigError("router.top_k", "expected at most num_experts, " + std::to_string(num_experts) +
                                           ", got " + std::to_string(router.top_k));
   }
@@ -97,6 +107,16 @@ void MoEConfig::check() const {
       throw ConfigError(key + ".router.shared",
                         "there is no shared expert: expected apart, or shared.hidden above 0");
     }
+  }
+  if (fusion != "preserve" || branches.size() != 1 || shared.hidden > 0) return;
+  const RouterConfig& router = branches[0].router;
+  const bool single = chooses(router) ? router.top_k == 1 : is_taken(router) && router.bucket == 1;
+  if (single) {
+    throw ConfigError(
+        "fusion",
+        "preserve divides the single coefficient of a row by itself and the router would get no "
+        "gradient: expected constant or learned, a shared expert, or branches.0.router." +
+            std::string(chooses(router) ? "top_k" : "bucket") + " of at least 2, got preserve");
   }
 }
 

@@ -64,11 +64,19 @@ MetricsLog::MetricsLog(const std::filesystem::path& run_folder, int64_t last_ste
 
 void MetricsLog::write(const nlohmann::ordered_json& row) {
   lines_.write(row);
+  const auto step = row.at("step").get<int64_t>();
   std::vector<std::pair<std::string, double>> scalars;
   for (const auto& [key, value] : row.items()) {
     if (value.is_number() && key != "step") scalars.emplace_back(key, value.get<double>());
+    if (!value.is_array()) continue;
+    std::string text;
+    for (size_t i = 0; i < value.size(); ++i) {
+      if (value[i].is_number()) scalars.emplace_back(key + "/" + std::to_string(i), value[i].get<double>());
+      if (value[i].is_string()) text += "- " + value[i].get<std::string>() + "\n";
+    }
+    if (!text.empty()) events_.write_text(step, key, text);
   }
-  events_.write(row.at("step").get<int64_t>(), scalars);
+  events_.write(step, scalars);
 }
 
 }  // namespace hymoe

@@ -89,10 +89,15 @@ chart(charts, 'auxiliary loss', [pick(steps, 'aux_loss')]);
 chart(charts, 'gradient norm', [pick(steps, 'grad_norm')]);
 chart(charts, 'learning rate', [pick(steps, 'lr')]);
 chart(charts, 'throughput (tokens/s)', [pick(steps, 'tokens_per_second')]);
-for (const [prefix, title] of [['load/', 'load (largest / mean)'], ['entropy/', 'load entropy (1 = even)'], ['dead_experts/', 'experts without a row'], ['coverage/', 'share of rows with an expert'],
-  ['gate_weight/', 'mean coefficient of an expert'], ['shared_weight/', 'mean coefficient of the shared expert'], ['router_entropy/', 'router entropy (1 = undecided)'],
-  ['overlap/', 'overlap of the branches (0 = independent)'], ['dropped/', 'share of choices dropped'], ['router_grad/', 'gradient of the language-model loss at the routers']])
-  chart(charts, title, keys(steps, prefix).map(k => ({...pick(steps, k), name: k.slice(prefix.length)})));
+const titles = {load: 'load (largest / mean)', load_cv: 'load (standard deviation / mean)', load_p10: 'load (10th percentile / mean)', load_p50: 'load (median / mean)',
+  load_p90: 'load (90th percentile / mean)', entropy: 'load entropy (1 = even)', dead_experts: 'experts without a row', coverage: 'share of rows with an expert',
+  uncovered: 'share of windows without an expert', shared: 'share of windows with several experts', gate_weight: 'mean coefficient of an expert',
+  shared_weight: 'mean coefficient of the shared expert', router_entropy: 'router entropy (1 = undecided)', overlap: 'overlap of the branches (0 = independent)',
+  dropped: 'share of choices dropped', unrivalled: 'share of choices without a rival (no gradient)', flip_rate: 'share of choices that the predictor misses',
+  predictor_loss: 'cross-entropy of the predictor', router_grad: 'gradient of the language-model loss at the routers', router_aux_grad: 'gradient of the auxiliary losses at the routers'};
+const names = keys(steps, '').filter(k => k.includes('/')).map(k => k.split('/')[0]);
+for (const name of new Set([...Object.keys(titles), ...names]))
+  chart(charts, titles[name] ?? name, keys(steps, name + '/').map(k => ({...pick(steps, k), name: k.slice(name.length + 1)})));
 
 const heat = [...evals].reverse().find(r => Object.keys(r).some(k => k.startsWith('rows_per_expert/')));
 if (heat) {

@@ -23,9 +23,10 @@ class Trainer::Run {
   TrainResult train();
 
  private:
-  struct Interval {  // since the last row of metrics
-    double nats = 0, aux_loss = 0, seconds = 0;
-    int64_t targets = 0, tokens = 0, micro_batches = 0, steps = 0;
+  struct Interval {         // since the last row of metrics
+    Tensor nats, aux_loss;  // sums of this rank, on its device
+    double seconds = 0;
+    int64_t targets = 0, tokens = 0, steps = 0;
     std::vector<LayerLoad> loads;
     std::vector<RouterGradient> routers;  // of the latest diagnosis
   };
@@ -47,12 +48,12 @@ class Trainer::Run {
   std::vector<MicroBatch> micro_batches() const;
   StepTotals totals_of(const std::vector<MicroBatch>& micro_batches) const;
   bool on_any_rank(bool here) const;
-  double backward(const MicroBatch& micro_batch, const StepTotals& totals, bool diagnose);
-  void find_norm(const std::vector<MicroBatch>& micro_batches, const std::vector<double>& losses);
+  Tensor backward(const MicroBatch& micro_batch, const StepTotals& totals, bool diagnose);
+  void find_norm(const std::vector<MicroBatch>& micro_batches, const std::vector<Tensor>& losses);
   Packing packing_of(const Batch& batch) const;
   Tensor prior_rows(const Batch& batch) const;
   void log_step();
-  nlohmann::ordered_json step_row(double micro_batches, int64_t peak_memory) const;
+  nlohmann::ordered_json step_row(double nats, double aux_nats, int64_t peak_memory) const;
   void evaluate_if_due();
   void evaluate();
   void write_row(const nlohmann::ordered_json& row);

@@ -20,17 +20,17 @@ int64_t peak_memory() {
 }  // namespace
 
 void Trainer::Run::log_step() {
-  auto micro_batches = static_cast<double>(interval_.micro_batches);
-  sum_loads(interval_.loads, {&interval_.nats, &interval_.aux_loss, &micro_batches}, mesh_.data);
+  auto nats = interval_.nats.item<double>(), aux_loss = interval_.aux_loss.item<double>();
+  sum_loads(interval_.loads, {&nats, &aux_loss}, mesh_.data);
   Tensor peak = at::full({1}, peak_memory(), at::TensorOptions(device_).dtype(at::kLong));
   mesh_.world.all_reduce_max(peak);
-  if (is_first()) write_row(step_row(micro_batches, peak.item<int64_t>()));
+  if (is_first()) write_row(step_row(nats, aux_loss, peak.item<int64_t>()));
   interval_ = {};
 }
 
-nlohmann::ordered_json Trainer::Run::step_row(double micro_batches, int64_t peak_memory) const {
-  const double lm_loss = interval_.nats / static_cast<double>(interval_.targets);
-  const double aux_loss = interval_.aux_loss / static_cast<double>(interval_.steps);
+nlohmann::ordered_json Trainer::Run::step_row(double nats, double aux_nats, int64_t peak_memory) const {
+  const double lm_loss = nats / static_cast<double>(interval_.targets);
+  const double aux_loss = aux_nats / static_cast<double>(interval_.steps);
   const double tokens_per_second = static_cast<double>(interval_.tokens) / interval_.seconds;
   nlohmann::ordered_json row{
       {"step", state_.step},
@@ -56,7 +56,7 @@ nlohmann::ordered_json Trainer::Run::step_row(double micro_batches, int64_t peak
     row["load_p90/" + name] = summary.p90;
     if (summary.overlap) row["overlap/" + name] = *summary.overlap;
     for (const auto& [metric, sum] : load.load.metrics)
-      row[metric + "/" + name] = sum.item<double>() / micro_batches;
+      row[metric + "/" + name] = sum.item<double>() / load.load.metric_calls.at(metric);
   }
   for (const RouterGradient& router : interval_.routers) {
     row["router_grad/" + router.name] = router.lm;

@@ -85,7 +85,7 @@ bool Trainer::Run::train_step() {
   // Fresh copies of one expert are equal until the first step, so the first look is at the second.
   const int64_t step = state_.step + 1, interval = config_.diagnose_interval;
   bool diagnose = interval > 0 && (step == 2 || step % interval == 0);
-  std::vector<double> losses;
+  std::vector<Tensor> losses;  // stay on the device: the host does not wait for a micro-batch
   for (const MicroBatch& each : micro_batches) {
     gradients_->before_backward(/*last=*/losses.size() + 1 == micro_batches.size());
     losses.push_back(backward(each, totals, diagnose));
@@ -108,18 +108,20 @@ bool Trainer::Run::train_step() {
 
 // What is not finite on one rank makes the norm so on all, and all look for it together.
 void Trainer::Run::find_norm(const std::vector<MicroBatch>& micro_batches,
-                             const std::vector<double>& losses) {
+                             const std::vector<Tensor>& losses) {
   const std::string step = "step " + std::to_string(state_.step + 1) + ": ";
   try {
     grad_norm_ = optimizer_->grad_norm();
   } catch (const Error& error) {
-    const auto bad =
-        std::find_if(losses.begin(), losses.end(), [](double loss) { return !std::isfinite(loss); });
+    const auto bad = std::find_if(losses.begin(), losses.end(),
+                                  [](const Tensor& loss) { return !std::isfinite(loss.item<double>()); });
     const bool here = bad != losses.end();
     if (!on_any_rank(here)) throw Error(step + error.what());
     const Batch& batch = micro_batches[here ? bad - losses.begin() : 0].batch;
-    throw Error(step + (here ? "loss is " + std::to_string(*bad) : "a loss on another rank is not finite") +
-                ": " + model_->first_non_finite(batch.tokens.flatten(), packing_of(batch)));
+    throw Error(
+        step +
+        (here ? "loss is " + std::to_string(bad->item<double>()) : "a loss on another rank is not finite") +
+        ": " + model_->first_non_finite(batch.tokens.flatten(), packing_of(batch)));
   }
 }
 
@@ -137,7 +139,8 @@ Tensor Trainer::Run::prior_rows(const Batch& batch) const {
   return known.repeat_interleave(batch.offsets.diff()).to(device_);
 }
 
-double Trainer::Run::backward(const MicroBatch& micro_batch, const StepTotals& totals, bool diagnose) {
+// The loss.
+Tensor Trainer::Run::backward(const MicroBatch& micro_batch, const StepTotals& totals, bool diagnose) {
   torch::manual_seed(mixed(config_.seed, state_.step, micro_batch.number));
   const Batch& batch = micro_batch.batch;
   const Tensor tokens = batch.tokens.flatten();
@@ -148,11 +151,11 @@ double Trainer::Run::backward(const MicroBatch& micro_batch, const StepTotals& t
   const Tensor loss = out.loss + share * out.aux_loss;
   if (diagnose) interval_.routers = router_gradients(model_, out);
   loss.backward();
-  interval_.nats += out.nll.sum(at::kDouble).item<double>();
-  interval_.aux_loss += share * out.aux_loss.item<double>();
-  interval_.micro_batches += 1;
+  const auto add = [](Tensor& sum, const Tensor& value) { sum = sum.defined() ? sum + value : value; };
+  add(interval_.nats, out.nll.sum(at::kDouble));
+  add(interval_.aux_loss, out.aux_loss.detach().to(at::kDouble) * share);
   add_loads(interval_.loads, out.loads);
-  return loss.item<double>();
+  return loss.detach();
 }
 
 }  // namespace hymoe

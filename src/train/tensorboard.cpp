@@ -88,6 +88,25 @@ void EventWriter::write(int64_t step, const std::vector<std::pair<std::string, d
     put_fixed(entry, static_cast<float>(value));
     put_bytes(summary, 1, entry);
   }
+  write_summary(step, summary);
+}
+
+void EventWriter::write_text(int64_t step, const std::string& tag, const std::string& text) {
+  std::string plugin, metadata, tensor, entry, summary;
+  put_bytes(plugin, 1, "text");    // PluginData.plugin_name
+  put_bytes(metadata, 1, plugin);  // SummaryMetadata.plugin_data
+  put_key(tensor, 1, 0);           // TensorProto.dtype
+  put_varint(tensor, 7);           // DT_STRING
+  put_bytes(tensor, 2, "");        // TensorProto.tensor_shape, of a scalar
+  put_bytes(tensor, 8, text);      // TensorProto.string_val
+  put_bytes(entry, 1, tag);
+  put_bytes(entry, 8, tensor);    // Summary.Value.tensor
+  put_bytes(entry, 9, metadata);  // Summary.Value.metadata
+  put_bytes(summary, 1, entry);
+  write_summary(step, summary);
+}
+
+void EventWriter::write_summary(int64_t step, const std::string& summary) {
   std::string event = event_at(now());
   put_key(event, 2, 0);  // Event.step
   put_varint(event, static_cast<uint64_t>(step));

@@ -84,6 +84,15 @@ TEST_F(Upcycle, CalibratesThresholdRouters) {
   EXPECT_TRUE(at::isfinite(cutoff).all().item<bool>());
 }
 
+TEST_F(Upcycle, LeavesSelectionBiasesAtZero) {
+  UpcycleConfig config = this->config();
+  config.moe.branches[0].router.bias_update = 0.01;
+  upcycle(dense(), hybrid(), config);
+  const Tensor bias = SafetensorsFolder(hybrid()).tensor("model.layers.0.mlp.token.router.bias");
+  EXPECT_EQ(bias.numel(), 4);
+  EXPECT_EQ(bias.count_nonzero().item<int64_t>(), 0) << bias;
+}
+
 TEST_F(Upcycle, IsDeterministic) {
   upcycle(dense(), hybrid(), config());
   upcycle(dense(), folder / "again", config());

@@ -76,6 +76,20 @@ TEST(MetricsLog, DropsRowsThatAResumedRunWillLogAgain) {
             "{\"step\":1,\"lm_loss\":1.0}\n{\"step\":2,\"lm_loss\":0.5}\n{\"step\":3,\"lm_loss\":7.0}\n");
 }
 
+TEST(Report, HasAChartForEveryMetric) {
+  TemporaryFolder folder;
+  std::ofstream(folder / "metrics.jsonl") << "{\"step\":1,\"lm_loss\":2.4}\n";
+  write_report(folder.path());
+  const std::string page = read_text(folder / "report.html");
+  for (const std::string name :
+       {"load",        "load_cv",       "load_p10",       "load_p50",    "load_p90",
+        "entropy",     "dead_experts",  "coverage",       "uncovered",   "shared",
+        "gate_weight", "shared_weight", "router_entropy", "overlap",     "dropped",
+        "unrivalled",  "flip_rate",     "predictor_loss", "router_grad", "router_aux_grad"}) {
+    EXPECT_NE(page.find(name + ": '"), std::string::npos) << name;
+  }
+}
+
 TEST(Report, IsOnePageWithAllRowsThatNothingInThemCanBreak) {
   TemporaryFolder folder;
   std::ofstream(folder / "metrics.jsonl") << R"({"step":0,"loss/rust":2.5})"

@@ -7,6 +7,7 @@
 #include "hymoe/config/error.h"
 #include "hymoe/io/file.h"
 #include "hymoe/model/freeze.h"
+#include "hymoe/model/language_loss.h"
 #include "hymoe/train/gradient_buckets.h"
 #include "ranks.h"
 #include "train/run_test.h"
@@ -297,6 +298,33 @@ TEST_F(ParallelTest, RanksTrainAsOneProcessDoes) {
     EXPECT_EQ(hash(checkpoint(name_of(mesh))), hash(checkpoint(config.name))) << config.name;
     EXPECT_EQ(difference(name_of(mesh), config.name).first, 0) << config.name;
   }
+}
+
+TEST(SumLoads, RanksNeedNotHaveTheSameMetrics) {
+  run_ranks({.dp = 3}, [](const Mesh& mesh) {
+    const auto load_with = [](const std::map<std::string, Tensor>& metrics) {
+      const Tensor one = at::ones({}, at::kLong);
+      return std::vector<LayerLoad>{
+          {2,
+           {.rows_per_expert = at::ones({4}, at::kLong), .covered = one, .rows = one, .metrics = metrics}}};
+    };
+    const auto number = [](double value) { return at::scalar_tensor(value, at::kFloat); };
+    const auto rank = static_cast<double>(mesh.data.rank());
+    std::vector<LayerLoad> sum;
+    add_loads(sum, load_with({{"all", number(rank)}}));
+    if (rank == 1) add_loads(sum, load_with({{"of 1", number(5)}}));
+    if (rank == 2) add_loads(sum, load_with({{"all", number(4)}, {"of a longer name", number(6)}}));
+    double further = 1;
+    sum_loads(sum, {&further}, mesh.data);
+    const BranchLoad& load = sum[0].load;
+    const std::map<std::string, double> calls = {{"all", 4}, {"of 1", 1}, {"of a longer name", 1}};
+    EXPECT_EQ(load.metric_calls, calls);
+    EXPECT_EQ(load.metrics.at("all").item<double>(), 0 + 1 + 2 + 4);
+    EXPECT_EQ(load.metrics.at("of 1").item<double>(), 5);
+    EXPECT_EQ(load.metrics.at("of a longer name").item<double>(), 6);
+    EXPECT_EQ(load.rows.item<int64_t>(), 5);
+    EXPECT_EQ(further, 3);
+  });
 }
 
 TEST_F(ParallelTest, ARunGoesOnAtAnyMeshAndAtItsOwnBitForBit) {  // law 8

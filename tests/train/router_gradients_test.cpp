@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/types.h>
 
+#include "hymoe/config/error.h"
 #include "tiny.h"
 
 namespace hymoe {
@@ -85,15 +86,19 @@ std::string cause(const BranchConfig& branch, const std::function<void(Transform
   return all;
 }
 
-struct Detached : Router {
-  explicit Detached(const RouterArgs& args) {
+// One expert a row, with a weight that has no gradient, or that is divided by itself.
+struct Single : Router {
+  Single(const RouterArgs& args, bool detached) : detached(detached) {
     weight = register_parameter("weight", at::randn({args.num_experts, args.dim}));
   }
   Routing forward(const Tensor& x, const Packing&) override {
     const Tensor scores = at::softmax(at::linear(x, weight), 1);
     const auto [best, id] = scores.max(1, true);
-    return {.expert_ids = id, .weights = best.detach(), .aux_loss = scores.square().sum()};
+    return {.expert_ids = id,
+            .weights = detached ? best.detach() : best / best,
+            .aux_loss = scores.square().sum()};
   }
+  bool detached;
   Tensor weight;
 };
 
@@ -112,7 +117,7 @@ TEST(RouterGradients, NameTheCauseOfADeadRouter) {
   EXPECT_EQ(cause({}), both(""));
   EXPECT_EQ(cause({.router = {.kind = "segment", .segment_len = 4}}), both("none of its experts got a row"));
   EXPECT_EQ(cause({.weight = 0}), both("the branch has weight 0"));
-  routers().add("detached", [](const RouterArgs& args) { return std::make_shared<Detached>(args); });
+  routers().add("detached", [](const RouterArgs& args) { return std::make_shared<Single>(args, true); });
   EXPECT_EQ(cause({.router = {.kind = "detached"}}),
             both("its weights carry no gradient: they are detached, or do not depend on it"));
   EXPECT_EQ(cause({.router = {.kind = "sparse_mixer", .top_k = 1, .mixer_eps = 0}}),
@@ -128,17 +133,38 @@ TEST(RouterGradients, NameTheCauseOfADeadRouter) {
             "layers.1.b: \n");
 }
 
-// One normalised choice and no shared expert: what is left of a config that says so outright.
 TEST(RouterGradients, SeeASingleWeightThatIsNormalised) {
-  ModelConfig config = two_layers({.router = {.top_k = 1, .normalize = false}});
-  config.moe.shared.hidden = 0;
-  config.moe.fusion = "preserve";
-  Transformer model = make(config);
+  routers().add("normalised", [](const RouterArgs& args) { return std::make_shared<Single>(args, false); });
+  Transformer model = make(two_layers({.router = {.kind = "normalised"}}));
   const auto routers = router_gradients(model, run(model));
   for (const RouterGradient& router : routers) {
     EXPECT_EQ(router.dead, "every weight is 1: a single weight was normalised");
     EXPECT_GT(router.aux, 0);
   }
+}
+
+TEST(RouterGradients, ASingleCoefficientIsNotToBeDividedByItself) {
+  const auto refusal = [](RouterConfig router, int64_t shared = 0, const std::string& fusion = "preserve") {
+    ModelConfig config = two_layers({.router = std::move(router)});
+    config.moe.shared.hidden = shared;
+    config.moe.fusion = fusion;
+    try {
+      make(config);
+    } catch (const ConfigError& error) {
+      return error.key_path() + ": " + error.text();
+    }
+    return std::string("accepted");
+  };
+  const RouterConfig one{.top_k = 1, .normalize = false}, taken{.kind = "threshold", .bucket = 1};
+  EXPECT_EQ(
+      refusal(one),
+      "model.moe.fusion: preserve divides the single coefficient of a row by itself and the router would "
+      "get no gradient: expected constant or learned, a shared expert, or branches.0.router.top_k of at "
+      "least 2, got preserve");
+  EXPECT_NE(refusal(taken).find("branches.0.router.bucket of at least 2"), std::string::npos);
+  EXPECT_EQ(refusal(one, 8), "accepted");
+  EXPECT_EQ(refusal(one, 0, "constant"), "accepted");
+  EXPECT_EQ(refusal({.top_k = 2}), "accepted");
 }
 
 }  // namespace

@@ -43,6 +43,17 @@ TEST(EventWriter, WritesFramedRecordsWithTheScalars) {
   EXPECT_NE(events[1].find(std::string("\x10\x07", 2)), std::string::npos);
 }
 
+// Byte for byte what tensorboard.plugins.text has, of a string without dimensions.
+TEST(EventWriter, WritesTexts) {
+  const TemporaryFolder folder;
+  EventWriter(folder.path()).write_text(3, "note", "hello");
+  std::ifstream in(fs::directory_iterator(folder.path())->path(), std::ios::binary);
+  const std::string bytes{std::istreambuf_iterator<char>(in), {}};
+  const std::string tensor("\x08\x07\x12\x00\x42\x05hello", 11), metadata = "\x0a\x06\x0a\x04text";
+  const std::string value = std::string("\x0a\x04note\x42\x0b", 8) + tensor + "\x4a\x08" + metadata;
+  EXPECT_NE(bytes.find(std::string("\x2a\x1f\x0a\x1d") + value), std::string::npos);
+}
+
 TEST(EventWriter, SaysWhichFileCannotBeWritten) {
   EXPECT_THROW(EventWriter("/nonexistent/folder"), DataError);
 }

@@ -9,6 +9,7 @@
 #include "hymoe/io/safetensors.h"
 #include "hymoe/model/kv_cache.h"
 #include "hymoe/model/pretrained.h"
+#include "hymoe/moe/topk_router.h"
 #include "train/run_test.h"
 
 namespace hymoe {
@@ -50,7 +51,8 @@ TEST_F(TrainerTest, LearnsAndWritesTheRunFolder) {
                           "router_entropy/layers.1.token",
                           "router_entropy/layers.1.segment",
                           "overlap/layers.1.segment",
-                          "uncovered/layers.1.segment"}) {
+                          "uncovered/layers.1.segment",
+                          "shared/layers.1.segment"}) {
     EXPECT_TRUE(rows[1].contains(key)) << key;
   }
   const double gate = rows[1]["gate_weight/layers.1.token"], shared = rows[1]["shared_weight/layers.1.token"];
@@ -69,9 +71,68 @@ TEST_F(TrainerTest, LearnsAndWritesTheRunFolder) {
   EXPECT_EQ(load_pretrained(checkpoint("learn"))->num_params(), Transformer(config.model)->num_params());
 }
 
+// A user's router may report what it has to say in some calls only.
+struct SometimesRouter : TopkRouter {
+  using TopkRouter::TopkRouter;
+  Routing forward(const Tensor& x, const Packing& packing) override {
+    Routing routing = TopkRouter::forward(x, packing);
+    if (++calls_ % 3 == 2) routing.metrics["second"] = at::scalar_tensor(7, at::kFloat);
+    return routing;
+  }
+  int calls_ = 0;
+};
+
+TEST_F(TrainerTest, AMetricIsTheMeanOverTheMicroBatchesThatHaveIt) {
+  routers().add("sometimes", [](const RouterArgs& args) { return std::make_shared<SometimesRouter>(args); });
+  TrainConfig config = this->config("sometimes");
+  config.steps = 3;
+  config.micro_batch = 1;
+  config.eval.tokens = 0;
+  config.model.moe.branches.pop_back();
+  config.model.moe.branches[0].router.kind = "sometimes";
+  config.model.moe.branches[0].router.capacity_factor = 1;
+  Trainer(config).run();
+  for (const auto& row : rows("sometimes")) {
+    EXPECT_EQ(row["second/layers.1.token"], 7) << row.dump();
+    EXPECT_GT(row["dropped/layers.1.token"].get<double>(), 0);
+    EXPECT_LT(row["dropped/layers.1.token"].get<double>(), 1);
+  }
+}
+
+TEST_F(TrainerTest, TensorBoardHasWhatTheRowsHave) {
+  TrainConfig config = this->config("board");
+  config.steps = 2;
+  config.model.moe.branches[1].weight = 0;
+  Trainer(config).run();
+  std::string events;
+  for (const auto& entry : fs::directory_iterator(runs / "board")) {
+    if (entry.path().filename().string().starts_with("events.")) events += read_text(entry.path());
+  }
+  const auto has = [&](const std::string& tag) {
+    std::string field = "\x0a" + std::string(1, static_cast<char>(tag.size())) + tag;
+    return events.find(field) != std::string::npos;
+  };
+  int arrays = 0;
+  for (const auto& row : rows("board")) {
+    for (const auto& [key, value] : row.items()) {
+      if (key == "step") continue;
+      if (value.is_number()) EXPECT_TRUE(has(key)) << key;
+      if (!key.starts_with("rows_per_expert/")) continue;
+      arrays += 1;
+      for (size_t e = 0; e < value.size(); ++e)
+        EXPECT_TRUE(has(key + "/" + std::to_string(e))) << key << " " << e;
+      EXPECT_FALSE(has(key + "/" + std::to_string(value.size()))) << key;
+    }
+  }
+  EXPECT_EQ(arrays, 2 * 2 * 2) << "evaluations, languages, branches";
+  EXPECT_TRUE(has("warnings"));
+  EXPECT_NE(events.find("- layers.1.segment: the router learns nothing"), std::string::npos);
+}
+
 TEST_F(TrainerTest, ResumedRunEqualsUnbrokenOneBitForBit) {  // law 8
   TrainConfig config = this->config("unbroken");
   config.model.moe.branches[0].router.jitter = 0.1;  // random numbers
+  config.model.moe.branches[0].router.bias_update = 0.01;
   Trainer(config).run();
   config.name = "broken";
   config.steps = 5;

@@ -35,7 +35,7 @@ std::optional<LanguageLoss> language_loss(Transformer& model, const EvalBatches&
 /// tokenizer lacks.
 Tensor token_byte_lengths(const Tokenizer& tokenizer, int64_t vocab_size);
 
-/// Adds the loads of one forward pass to `sum`, metrics too, on their device.
+/// Adds the loads of one forward pass to `sum`, metrics too, on their device; a pass may lack a metric.
 void add_loads(std::vector<LayerLoad>& sum, const std::vector<LayerLoad>& loads);
 
 /// Adds the loads of all ranks up, on every rank, and further `numbers` with them.

@@ -30,7 +30,8 @@ Tensor balance_loss(const Tensor& scores, const Tensor& choices, const Tensor& u
                     const Tensor& document = {});
 
 /// Mean of logsumexp(logits)² over units (ST-MoE, arXiv 2202.08906, eq. 5); logits [U, E], unit_rows as
-/// above.
+/// above. A router hands in all that its softmax is over, a shared expert inside too: what is kept small is
+/// the softmax's own sum, as in Megatron-LM.
 Tensor z_loss(const Tensor& logits, const Tensor& unit_rows = {});
 
 /// MoE-LPR's language-prior loss (arXiv 2408.11396, §2.3), which keeps rows of languages that the model knew

@@ -89,6 +89,7 @@ struct BranchLoad {
   std::map<std::string, Tensor> metrics = {};  // the router's own (Routing::metrics), gate_weight, the mean
                                                // coefficient of its experts, and, where the shared expert is
                                                // inside, shared_weight, the mean of that one's
+  std::map<std::string, double> metric_calls = {};  // of a sum of loads: how many of them had each metric
 };
 
 struct MoEOutput {

@@ -91,13 +91,14 @@ struct RouterConfig {
             .at_least(0),
         field("drop", &C::drop,
               "which choices a full expert keeps: those of highest weight, which looks ahead, or the first "
-              "(both in training only)")
+              "by row, then slot (both in training only)")
             .one_of({"probability", "position"}),
         field("mixer_eps", &C::mixer_eps,
               "sparse_mixer samples among logits within about 2·mixer_eps of the largest, relatively")
             .at_least(0),
         field("mixer_variant", &C::mixer_variant,
-              "sparse_mixer as published in code (v2), or as corrected in the paper (v2_star)")
+              "sparse_mixer as published in code (v2), or with the gradient corrected as in the paper "
+              "(v2_star, whose mask of what may be sampled stays the code's)")
             .one_of({"v2", "v2_star"}),
         field("balance_loss", &C::balance_loss,
               "coefficient of the load-balance loss (topk, sparse_mixer, and segment with select top_k)")
@@ -108,7 +109,9 @@ struct RouterConfig {
             .one_of({"micro_batch", "sequence", "global_batch"}),
         field("z_loss", &C::z_loss, "coefficient of the mean squared log-sum-exp of the logits").at_least(0),
         field("prior_loss", &C::prior_loss,
-              "coefficient of the loss that keeps rows of prior_languages with one expert (topk)")
+              "coefficient, in every layer, of the loss that keeps rows of prior_languages with one "
+              "expert (topk, sparse_mixer); MoE-LPR's is of the mean over layers, so divide it by their "
+              "number")
             .at_least(0),
         field("prior_expert", &C::prior_expert,
               "index of that expert; by default the shared expert, which must be inside")
@@ -120,9 +123,8 @@ struct RouterConfig {
         field("segment_len", &C::segment_len, "rows of a window; the last one of a document may be shorter")
             .at_least(1),
         field("score", &C::score,
-              "what scores a window: its own pooled vector (looks ahead), the previous window's, the mean of "
-              "all "
-              "before it (prefix); or every row by the segment_len rows up to it (sliding)")
+              "what scores a window: its own pooled vector (looks ahead), the previous window's, the "
+              "mean of all before it (prefix); or every row by the segment_len rows up to it (sliding)")
             .one_of({"own", "previous", "prefix", "sliding"}),
         field("select", &C::select,
               "who takes a window: expert_choice looks ahead, depends on the batch and is for comparison, "

@@ -58,7 +58,8 @@ struct Routing {
                               // undefined: every row is a unit
   Tensor shared_weight = {};  // [U] fp32; undefined (= 1) unless the shared expert is in the normalisation
   Tensor aux_loss = {};       // scalar fp32, coefficients applied; or undefined
-  std::map<std::string, Tensor> metrics = {};  // of this call, for the log: fp32 scalars without gradient
+  std::map<std::string, Tensor> metrics = {};  // for the log: fp32 scalars without gradient; logged are
+                                               // means over the calls that set them
 };
 
 }  // namespace hymoe

@@ -35,7 +35,8 @@ std::string load_name(const LayerLoad& load);
 class MetricsLog {
  public:
   MetricsLog(const std::filesystem::path& run_folder, int64_t last_step);
-  /// `row` must hold "step"; its numbers also become TensorBoard scalars.
+  /// `row` must hold "step"; for TensorBoard its numbers become scalars, arrays of numbers a scalar an
+  /// element, <key>/<index>, and arrays of strings a text.
   void write(const nlohmann::ordered_json& row);
 
  private:
