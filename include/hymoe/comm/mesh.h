@@ -36,4 +36,8 @@ struct Mesh {
   Group control = {};  // all, on the CPU, for a thread of its own: writing of checkpoints
 };
 
+/// The mesh of a rank whose others are not there: places and sizes, for plans. A collective of its groups
+/// throws Error. Throws ConfigError as World does.
+Mesh planned_mesh(const MeshConfig& config, int64_t processes, int64_t rank = 0);
+
 }  // namespace hymoe
