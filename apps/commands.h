@@ -20,6 +20,7 @@ void add_config(CLI::App& program);
 void add_eval(CLI::App& program);
 void add_generate(CLI::App& program);
 void add_inspect(CLI::App& program);
+void add_plan(CLI::App& program);
 void add_prepare(CLI::App& program);
 void add_score(CLI::App& program);
 void add_tokenize(CLI::App& program);

@@ -8,6 +8,7 @@
 #include "hymoe/config/schema.h"
 #include "hymoe/data/prepare.h"
 #include "hymoe/growth/upcycle.h"
+#include "hymoe/train/plan.h"
 #include "hymoe/train/trainer.h"
 
 namespace hymoe {
@@ -25,6 +26,7 @@ struct ConfigKind {
 template <class T>
 T load(const std::string& path, const std::vector<std::string>& overrides) {
   if constexpr (std::is_same_v<T, TrainConfig>) return load_train_config(path, overrides);
+  if constexpr (std::is_same_v<T, PlanConfig>) return load_plan_config(path, overrides);
   return load_config<T>(path, overrides);
 }
 
@@ -35,9 +37,21 @@ ConfigKind kind(const char* name) {
           [](const auto& path, const auto& overrides) { return to_yaml(load<T>(path, overrides)); }};
 }
 
+// What it takes beside the keys of train.
+ConfigKind plan_kind() {
+  ConfigKind plan = kind<PlanConfig>("plan");
+  plan.reference = [](const std::string& title) {
+    return "# " + title +
+           "\n\nAll of `hymoe train`; `processes`, the ranks in all (0: dp·ep·tp, dp at least 1); and\n\n#" +
+           markdown_reference<HardwareConfig>("`hardware`");
+  };
+  return plan;
+}
+
 const std::vector<ConfigKind>& kinds() {
   static const std::vector<ConfigKind> all = {kind<PrepareConfig>("prepare"), kind<UpcycleConfig>("upcycle"),
-                                              kind<TrainConfig>("train"), kind<EvalCommandConfig>("eval")};
+                                              kind<TrainConfig>("train"), plan_kind(),
+                                              kind<EvalCommandConfig>("eval")};
   return all;
 }
 
@@ -45,12 +59,13 @@ const ConfigKind& find_kind(const std::string& name) {
   for (const ConfigKind& kind : kinds()) {
     if (kind.name == name) return kind;
   }
-  throw ConfigError("", "expected prepare, upcycle, train or eval, got '" + name + "'");
+  throw ConfigError("", "expected prepare, upcycle, train, plan or eval, got '" + name + "'");
 }
 
 void print_reference() {
   std::cout
-      << "# Configuration\n\nEvery key of the files that `hymoe prepare`, `upcycle`, `train` and `eval` "
+      << "# Configuration\n\nEvery key of the files that `hymoe prepare`, `upcycle`, `train`, `plan` and "
+         "`eval` "
          "take, in YAML or "
          "JSON. What a file leaves\nout has the default given here; an unknown key is an error. On the "
          "command line "
@@ -70,7 +85,7 @@ void add_config(CLI::App& program) {
   auto other = std::make_shared<std::string>();
   auto markdown = std::make_shared<bool>(false);
   auto json = std::make_shared<bool>(false);
-  command->add_option("command", *name, "whose config: prepare, upcycle, train or eval");
+  command->add_option("command", *name, "whose config: prepare, upcycle, train, plan or eval");
   arguments->add_to(*command, /*required=*/false);
   command->add_option("--diff", *other, "print what differs from this config file");
   command->add_flag("--markdown", *markdown, "print the reference of all configs, docs/configuration.md");
