@@ -149,6 +149,28 @@ class Program(unittest.TestCase):
         self.assertEqual(resolved, self.ok("config", "train", "resolved.yaml"))
         self.assertEqual(self.ok("config", "train", "dense.yaml", "steps=7", "--diff", "dense.yaml"), "steps: 7 → 30\n")
 
+    def test_plan_counts_what_train_then_has(self):
+        planned = json.loads(self.ok("plan", "moe.yaml", "--json"))
+        model = json.loads(self.ok("inspect", "hybrid", "--json"))
+        again = json.loads(self.ok("plan", "moe.yaml", "init=hybrid", "model.moe_layers=[0, 1]", "--json"))
+        self.assertEqual([again["parameters"], again["active_parameters"]], [model["parameters"], model["active_parameters"]])
+        self.assertLess(planned["parameters"], again["parameters"])
+        self.assertIn("bytes a second that a rank sends", self.ok("config", "plan"))
+        text = self.ok("plan", "moe.yaml", "processes=8", "parallel.ep=2", "parallel.tp=1", "data.batch_size=8", "model.moe.branches.1.num_experts=4")
+        self.assertIn("rows to experts", text)
+
+    def test_plan_of_the_published_models(self):
+        for name, processes, parameters, active in [("multipl-moe", 8, 10.8, 3.5), ("grin", 64, 42, 6.6), ("codegeex", 1536, 13, 13),
+                                                    ("growth-70b", 512, 70, None)]:
+            planned = json.loads(self.ok("plan", os.path.join(CONFIGS, name + ".yaml"), f"processes={processes}", "--json"))
+            self.assertAlmostEqual(planned["parameters"] / 1e9 / parameters, 1, delta=0.012, msg=name)
+            if active:
+                self.assertAlmostEqual(planned["active_parameters"] / 1e9 / active, 1, delta=0.012, msg=name)
+        grown = [json.loads(self.ok("plan", os.path.join(CONFIGS, "growth-70b.yaml"), "processes=512", "--json", "model.moe.branches.0.num_experts=96",
+                                    f"model.num_layers={n}", f"model.moe_layers={list(range(n))}"))["parameters"] for n in (28, 54)]
+        self.assertAlmostEqual(grown[0] / 17e9, 1, delta=0.09)
+        self.assertAlmostEqual(grown[1] / 35e9, 1, delta=0.01)
+
     def test_the_reference_of_all_settings_is_up_to_date(self):
         with open(os.path.join(CONFIGS, "../docs/configuration.md"), encoding="utf-8") as f:
             self.assertEqual(self.ok("config", "--markdown"), f.read(), "run: hymoe config --markdown > docs/configuration.md")
@@ -161,6 +183,11 @@ class Program(unittest.TestCase):
         lpr = ["model.freeze=['*.experts.*']", "model.moe.branches.0.hidden=24"]
         special = {"moe-lpr-stage1.yaml": ["init=law10-moe-lpr-upcycle.yaml"],
                    "moe-lpr-stage2.yaml": ["init=runs/law10-moe-lpr-stage1.yaml/step-00000002", "prior_languages=[ruby]", *lpr]}
+        tiny = ["parallel.ep=1", "parallel.tp=1", "model.vocab_size=257", "model.dim=16", "model.num_heads=2", "model.num_kv_heads=1", "model.hidden=24",
+                "model.num_layers=2"]
+        experts = ["model.moe_layers=[0, 1]", "model.moe.branches.0.hidden=24"]
+        special |= {"codegeex.yaml": tiny, "grin.yaml": tiny + experts, "growth-70b.yaml": tiny + experts,
+                    "multipl-moe.yaml": tiny + experts + ["model.moe.shared.hidden=24", "model.moe.branches.1.hidden=24"]}
         for name in files:
             path = os.path.join(CONFIGS, name)
             kind = next((k for k in ("data", "upcycle", "eval") if name.endswith(f"-{k}.yaml")), "train").replace("data", "prepare")
@@ -182,6 +209,7 @@ class Program(unittest.TestCase):
         self.assertIn("command line: steps:", self.error("train", "dense.yaml", "steps=many"))
         self.assertIn("schedule.lr", self.error("train", "dense.yaml", "schedule.lr=-1"))
         self.assertIn("nowhere.yaml", self.error("train", "nowhere.yaml"))
+        self.assertIn("parallel", self.error("plan", "dense.yaml", "processes=3", "parallel.tp=2"))
         self.assertIn("nowhere", self.error("train", "dense.yaml", "name=x", "data.path=nowhere"))
         self.assertIn("nowhere", self.error("score", "nowhere", "--input", "texts.jsonl"))
         self.assertIn("/proc", self.error("train", "dense.yaml", "runs=/proc/runs"))
