@@ -217,7 +217,7 @@ class Program(Workspace):
         again = json.loads(self.ok("plan", "moe.yaml", "init=hybrid", "model.moe_layers=[0, 1]", "--json"))
         self.assertEqual([again["parameters"], again["active_parameters"]], [model["parameters"], model["active_parameters"]])
         self.assertLess(planned["parameters"], again["parameters"])
-        self.assertIn("parallel.tp", self.ok("config", "plan"))
+        self.assertIn("bytes a second that a rank sends", self.ok("config", "plan"))
         text = self.ok("plan", "moe.yaml", "processes=8", "parallel.ep=2", "parallel.tp=1", "data.batch_size=8", "model.moe.branches.1.num_experts=4")
         self.assertIn("rows to experts", text)
 
@@ -271,7 +271,7 @@ class Program(Workspace):
         lpr = ["model.freeze=['*.experts.*']", "model.moe.branches.0.hidden=24"]
         special = {"moe-lpr-stage1.yaml": ["init=law10-moe-lpr-upcycle.yaml"],
                    "moe-lpr-stage2.yaml": ["init=runs/law10-moe-lpr-stage1.yaml/step-00000002", "prior_languages=[ruby]", *lpr]}
-        tiny = ["parallel={dp: 1}", "model.vocab_size=257", "model.dim=16", "model.num_heads=2", "model.num_kv_heads=1", "model.hidden=24",
+        tiny = ["parallel.ep=1", "parallel.tp=1", "model.vocab_size=257", "model.dim=16", "model.num_heads=2", "model.num_kv_heads=1", "model.hidden=24",
                 "model.num_layers=2"]
         experts = ["model.moe_layers=[0, 1]", "model.moe.branches.0.hidden=24"]
         special |= {"codegeex.yaml": tiny, "grin.yaml": tiny + experts, "growth-70b.yaml": tiny + experts,

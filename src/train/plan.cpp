@@ -15,9 +15,9 @@
 namespace hymoe {
 namespace {
 
-// Peak without sparsity, NVLink one way and one 200 (a100) or 400 Gbit/s (h100) adapter a GPU, as the makers'
-// data sheets have them. Efficiencies are guesses to be replaced by one's own measurement. core: one core of
-// a 2-core virtual machine and Gloo over its loopback device, measured.
+// GPUs: peak without sparsity, NVLink one way, one adapter of 200 (a100) or 400 Gbit/s (h100) a GPU, as data
+// sheets have them. core: large fp32 products and Gloo's all-reduce over loopback on one virtual machine.
+// Efficiencies, latencies and the network between CPUs are guesses, to be replaced by one's own measurement.
 const std::map<std::string, HardwareConfig>& machines() {
   static const std::map<std::string, HardwareConfig> all = {
       {"a100", {"a100", 312e12, 0.45, 80e9, 300e9, 25e9, 10e-6, 8}},

@@ -64,7 +64,7 @@ struct PlanConfig : TrainConfig {
 PlanConfig load_plan_config(const std::filesystem::path& path,
                             const std::vector<std::string>& overrides = {});
 
-/// What the rank 0 of a run hands to collectives of one kind in a step.
+/// What a rank hands to collectives of one kind in a step.
 struct PlannedTraffic {
   std::string name;
   std::string group;      // of Mesh
