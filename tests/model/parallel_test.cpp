@@ -40,7 +40,7 @@ struct ModelOnMeshes : ::testing::TestWithParam<std::array<int64_t, 3>> {
   MeshConfig mesh() const { return {GetParam()[0], GetParam()[1], GetParam()[2]}; }
 };
 
-TEST_P(ModelOnMeshes, GivesWhatOneProcessGives) {
+TEST_P(ModelOnMeshes, GivesWhatOneProcessGives) {  // law 1
   expect_same(hybrid_config("llama", true), mesh(), false, 1e-10);
   expect_same(hybrid_config("qwen2", false), mesh(), true, 1e-10);
 }

@@ -194,7 +194,7 @@ INSTANTIATE_TEST_SUITE_P(All, Meshes,
                                          142, 124, 222),
                          testing::PrintToStringParamName());
 
-TEST_P(Meshes, GiveWhatOneProcessGives) {
+TEST_P(Meshes, GiveWhatOneProcessGives) {  // law 1
   const int mesh = GetParam();
   expect_same({mesh / 100, mesh / 10 % 10, mesh % 10}, layers());
 }

@@ -83,7 +83,7 @@ std::string name_of(const MeshConfig& mesh) {
          std::to_string(mesh.tp);
 }
 
-TEST(GradientBuckets, SumsAreTheGradientsOfOneProcess) {
+TEST(GradientBuckets, SumsAreTheGradientsOfOneProcess) {  // law 1
   torch::manual_seed(1);
   Transformer whole(divisible_model());
   whole->to(at::kDouble);
@@ -284,7 +284,7 @@ class ParallelTest : public RunTest {
   }
 };
 
-TEST_F(ParallelTest, RanksTrainAsOneProcessDoes) {
+TEST_F(ParallelTest, RanksTrainAsOneProcessDoes) {  // law 1
   Trainer(config("one")).run();
   for (const MeshConfig& mesh : with_dp(meshes())) {
     TrainConfig config = this->config(name_of(mesh));
