@@ -17,6 +17,7 @@
 #include "hymoe/moe/moe.h"
 #include "hymoe/testing/conformance.h"
 #include "hymoe/train/checkpoint.h"
+#include "hymoe/train/gradient_buckets.h"
 #include "hymoe/train/optimizer.h"
 #include "hymoe/train/router_gradients.h"
 #include "hymoe/train/schedule.h"
