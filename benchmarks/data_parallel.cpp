@@ -4,9 +4,6 @@
 // the sums take alone is hidden behind the backward pass: 1 - (step - step without sums) / sums alone; and
 // the same of two with c10d::Reducer, as torch's DistributedDataParallel drives it. Steps without and with
 // sums are taken in turns. It starts itself as the ranks.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <functional>
 #include <iostream>
 #include <memory>
@@ -26,6 +23,7 @@
 #include "hymoe/model/transformer.h"
 #include "hymoe/train/gradient_buckets.h"
 #include "measure.h"
+#include "ranks.h"
 
 namespace {
 
@@ -175,33 +173,6 @@ int run_rank(const std::string& kind, const Sizes& sizes) {
   return 0;
 }
 
-// Starts this program again as each of `ranks` ranks.
-int start(std::string kind, int ranks, int port, const std::vector<char*>& arguments) {
-  std::vector<pid_t> children;
-  for (int rank = 0; rank < ranks; ++rank) {
-    const pid_t child = fork();
-    if (child == 0) {
-      setenv("RANK", std::to_string(rank).c_str(), 1);
-      setenv("WORLD_SIZE", std::to_string(ranks).c_str(), 1);
-      setenv("MASTER_ADDR", "127.0.0.1", 1);
-      setenv("MASTER_PORT", std::to_string(port).c_str(), 1);
-      std::vector<char*> argv = arguments;
-      argv.insert(argv.begin() + 1, kind.data());
-      argv.push_back(nullptr);
-      execv("/proc/self/exe", argv.data());
-      _exit(127);
-    }
-    children.push_back(child);
-  }
-  int failed = 0;
-  for (const pid_t child : children) {
-    int status = 0;
-    waitpid(child, &status, 0);
-    failed |= status;
-  }
-  return failed == 0 ? 0 : 1;
-}
-
 int run(int argc, char** argv) {
   std::vector<char*> arguments(argv, argv + argc);
   const std::string kind = argc > 1 ? argv[1] : "";
@@ -217,8 +188,8 @@ int run(int argc, char** argv) {
   }
   if (is_rank) return run_rank(kind, sizes);
   const int port = 20000 + static_cast<int>(getpid() % 20000);
-  return start("buckets", 1, port, arguments) | start("buckets", 2, port + 2, arguments) |
-         start("reducer", 2, port + 4, arguments);
+  return start_ranks("buckets", 1, port, arguments) | start_ranks("buckets", 2, port + 2, arguments) |
+         start_ranks("reducer", 2, port + 4, arguments);
 }
 
 }  // namespace
