@@ -270,7 +270,9 @@ class ParallelTest : public RunTest {
         in_rows = std::max(in_rows, std::abs(value.get<double>() - rows_b[i].value(key, 1e9)));
       }
       for (const auto& [key, value] : rows_a[i].items()) {
-        if (key.starts_with("rows_per_expert")) EXPECT_EQ(value, rows_b[i][key]) << key;
+        if (key.starts_with("rows_per_expert")) {
+          EXPECT_EQ(value, rows_b[i][key]) << key;
+        }
       }
     }
     Transformer model_a = load_pretrained(checkpoint(a)), model_b = load_pretrained(checkpoint(b));
@@ -341,7 +343,9 @@ TEST_F(ParallelTest, ARunGoesOnAtAnyMeshAndAtItsOwnBitForBit) {  // law 8
     train(config, other);
     const auto [in_rows, in_weights] = difference("unbroken", config.name);
     EXPECT_LT(in_rows, 2e-5) << config.name;
-    if (other.dp == 2) EXPECT_EQ(hash(checkpoint("unbroken")), hash(checkpoint(config.name)));
+    if (other.dp == 2) {
+      EXPECT_EQ(hash(checkpoint("unbroken")), hash(checkpoint(config.name)));
+    }
   }
 }
 

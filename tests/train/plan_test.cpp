@@ -138,7 +138,8 @@ TEST(Plan, ActivationsAreWithinAQuarterOfThoseMeasured) {
           EXPECT_LT((kept - output) / activations, 1.25) << what;
         }
         const double most = activations + planned.memory_of("logits") + planned.memory_of("in passing");
-        std::cerr << what << " kept " << (kept - output) / activations << " most " << static_cast<double>(meter->most) / most << "\n";
+        std::cerr << what << " kept " << (kept - output) / activations << " most "
+                  << static_cast<double>(meter->most) / most << "\n";
         EXPECT_GT(static_cast<double>(meter->most) / most, 0.6) << what;
         EXPECT_LT(static_cast<double>(meter->most) / most, 1.25) << what;
       }
