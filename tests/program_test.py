@@ -256,7 +256,7 @@ class Program(Workspace):
             self.assertEqual({key: of_windows["router"][key] for key in segment}, segment, name)
 
     def test_moe_lpr_reviews_with_the_published_mean_over_layers(self):
-        review = json.loads(self.ok("config", "train", os.path.join(CONFIGS, "moe-lpr-stage2.yaml"), "init=" + self.dense, "--json"))
+        review = json.loads(self.ok("config", "train", os.path.join(CONFIGS, "moe-lpr-stage2.yaml"), "init=hybrid", "data.seq_len=32", "--json"))
         self.assertAlmostEqual(review["model"]["moe"]["branches"][0]["router"]["prior_loss"] * 24, 0.1, 4)
 
     def test_the_reference_of_all_settings_is_up_to_date(self):
@@ -271,7 +271,7 @@ class Program(Workspace):
         lpr = ["model.freeze=['*.experts.*']", "model.moe.branches.0.hidden=24"]
         special = {"moe-lpr-stage1.yaml": ["init=law10-moe-lpr-upcycle.yaml"],
                    "moe-lpr-stage2.yaml": ["init=runs/law10-moe-lpr-stage1.yaml/step-00000002", "prior_languages=[ruby]", *lpr]}
-        tiny = ["parallel.ep=1", "parallel.tp=1", "model.vocab_size=257", "model.dim=16", "model.num_heads=2", "model.num_kv_heads=1", "model.hidden=24",
+        tiny = ["parallel={dp: 1, ep: 1, tp: 1}", "model.vocab_size=257", "model.dim=16", "model.num_heads=2", "model.num_kv_heads=1", "model.hidden=24",
                 "model.num_layers=2"]
         experts = ["model.moe_layers=[0, 1]", "model.moe.branches.0.hidden=24"]
         special |= {"codegeex.yaml": tiny, "grin.yaml": tiny + experts, "growth-70b.yaml": tiny + experts,

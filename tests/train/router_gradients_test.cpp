@@ -158,7 +158,7 @@ TEST(RouterGradients, ASingleCoefficientIsNotToBeDividedByItself) {
   const RouterConfig one{.top_k = 1, .normalize = false}, taken{.kind = "threshold", .bucket = 1};
   EXPECT_EQ(
       refusal(one),
-      "model.moe.fusion: preserve divides the single coefficient of a row by itself and the router would "
+      "moe.fusion: preserve divides the single coefficient of a row by itself and the router would "
       "get no gradient: expected constant or learned, a shared expert, or branches.0.router.top_k of at "
       "least 2, got preserve");
   EXPECT_NE(refusal(taken).find("branches.0.router.bucket of at least 2"), std::string::npos);

@@ -116,7 +116,9 @@ TEST_F(TrainerTest, TensorBoardHasWhatTheRowsHave) {
   for (const auto& row : rows("board")) {
     for (const auto& [key, value] : row.items()) {
       if (key == "step") continue;
-      if (value.is_number()) EXPECT_TRUE(has(key)) << key;
+      if (value.is_number()) {
+        EXPECT_TRUE(has(key)) << key;
+      }
       if (!key.starts_with("rows_per_expert/")) continue;
       arrays += 1;
       for (size_t e = 0; e < value.size(); ++e)
