@@ -107,6 +107,9 @@ void RouterConfig::check() const {
     throw ConfigError("capacity_unit", "prefix_choice counts windows: expected windows, got rows");
   }
   const bool by_bucket = by_capacity(*this);
+  refuse(by_bucket && static_cast<double>(bucket) < capacity, "bucket",
+         "no window gets more experts, nor so many on average as capacity: expected at least " +
+             format_scalar(capacity) + ", got " + std::to_string(bucket));
   if ((by_bucket ? bucket : top_k) == 1 && normalized() && shared == "apart") {
     throw ConfigError(
         by_bucket ? "bucket" : "top_k",
@@ -117,7 +120,7 @@ void RouterConfig::check() const {
 }
 
 double RouterConfig::experts_per_unit() const {
-  return by_capacity(*this) ? std::min(capacity, static_cast<double>(bucket)) : static_cast<double>(top_k);
+  return by_capacity(*this) ? capacity : static_cast<double>(top_k);
 }
 
 Registry<Router, RouterArgs>& routers() {

@@ -13,9 +13,12 @@
 namespace hymoe {
 namespace {
 
-// First windows all have the logit of `start`, and a cut-off may come to lie on it: closer than this,
-// relative to 1 + |logit|, is reached, so that rounding does not decide.
+// A cut-off may come to lie on the logit of many equal windows: closer than this, relative to 1 + |logit|, is
+// reached, so that rounding does not decide.
 constexpr double kTie = 1e-5;
+
+// Rounds by floor; sums of fractions may have lost a little.
+constexpr double kHalfUp = 0.5 + 1e-9;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -28,16 +31,6 @@ Tensor reaches(const Tensor& logits, const Tensor& cutoff) {
 }
 
 }  // namespace
-
-/// What scores the windows: vectors [U, D], or, where index [U] is defined, those rows of vectors [M, D].
-struct SegmentRouter::Scoring {
-  Tensor vectors, index;
-
-  Tensor logits(const Tensor& weight, const Tensor& bias = {}) const {
-    const Tensor all = at::linear(vectors, weight.to(vectors.scalar_type()), bias);
-    return index.defined() ? all.index_select(0, index) : all;
-  }
-};
 
 struct SegmentRouter::Decision {
   Tensor ids;       // [U, K]
@@ -89,14 +82,21 @@ Tensor SegmentRouter::pool(const Tensor& x, const Packing& packing, const Window
   return pooled.index_copy(0, windows, (before * held + now * rows) / (held + rows));
 }
 
-SegmentRouter::Scoring SegmentRouter::scoring(const Tensor& pooled, const Windows& w, DecodeState* state) {
-  if (config_.score == "own") return {pooled, {}};
-  if (config_.score == "sliding") return {sliding(pooled, w, state), {}};
-  if (config_.score == "prefix") return {prefix(pooled, w, state), {}};
-  std::vector<Tensor> vectors{start_.to(pooled.scalar_type()).unsqueeze(0)};
-  if (state) vectors.push_back(remembered(*state, "pooled", pooled));
-  vectors.push_back(pooled);
-  return {at::cat(vectors), w.source};
+// [U, D] what scores each window.
+Tensor SegmentRouter::scoring(const Tensor& x, const Tensor& pooled, const Windows& w, DecodeState* state) {
+  if (config_.score == "own") return pooled;
+  if (config_.score == "sliding") return sliding(pooled, w, state);
+  const Tensor rows = x.index_select(0, w.offsets.narrow(0, 0, pooled.size(0))).to(pooled.scalar_type());
+  return at::where((w.ordinal == 0).unsqueeze(1), rows + start_.to(pooled.scalar_type()),
+                   config_.score == "prefix" ? prefix(pooled, w, state) : previous(pooled, w, state));
+}
+
+// [U, D] the window before each window, also where it is of the calls before.
+Tensor SegmentRouter::previous(const Tensor& pooled, const Windows& w, DecodeState* state) {
+  const Tensor before = shifted(pooled, w.position, 1, 0);
+  if (!state) return before;
+  const Tensor kept = remembered(*state, "pooled", pooled).index_select(0, w.document);
+  return at::where((w.position == 0).unsqueeze(1), kept, before);
 }
 
 // [U, D] the average of the full windows before each window. The state holds the sum (or exponential average)
@@ -118,22 +118,22 @@ Tensor SegmentRouter::prefix(const Tensor& pooled, const Windows& w, DecodeState
     const Tensor ends = at::where(full.unsqueeze(1), closed, open).detach();
     kept = kept.index_copy(0, to_device(w.documents, pooled), ends);
   }
-  if (mean) before = before / w.ordinal.clamp_min(1).unsqueeze(1);
-  return at::where(first, start_.to(pooled.scalar_type()), before);
+  return mean ? before / w.ordinal.clamp_min(1).unsqueeze(1) : before;
 }
 
 // x [U, ...] of this call's windows behind what is kept of their documents' earlier calls, of which the last
 // `keep` rows are kept for the next. A window begun in an earlier call is among the kept already.
 struct SegmentRouter::Joined {
   Tensor rows, position;
-  Tensor place;  // [U] the row of each window of the call
+  int64_t longest;  // most rows of a document
+  Tensor place;     // [U] the row of each window of the call
 };
 
 SegmentRouter::Joined SegmentRouter::join_kept(const Tensor& x, const Windows& w, DecodeState* state,
                                                const std::string& name, int64_t keep) {
-  if (!state || w.documents.empty()) return {x, w.position, {}};
+  if (!state || w.documents.empty()) return {x, w.position, w.longest, {}};
   std::vector<Tensor> rows, positions, places;
-  int64_t begin = 0, joined = 0;
+  int64_t begin = 0, joined = 0, longest = 0;
   size_t open = 0;
   for (size_t d = 0; d < w.documents.size(); ++d) {
     Tensor& kept = state->slot(this)[name + std::to_string(w.documents[d])];
@@ -150,8 +150,9 @@ SegmentRouter::Joined SegmentRouter::join_kept(const Tensor& x, const Windows& w
     kept = all.narrow(0, size - keeping, keeping).detach();
     begin = end;
     joined += size;
+    longest = std::max(longest, size);
   }
-  return {at::cat(rows), at::cat(positions), at::cat(places)};
+  return {at::cat(rows), at::cat(positions), longest, at::cat(places)};
 }
 
 Tensor SegmentRouter::sliding(const Tensor& x, const Windows& w, DecodeState* state) {
@@ -161,13 +162,23 @@ Tensor SegmentRouter::sliding(const Tensor& x, const Windows& w, DecodeState* st
   return joined.place.defined() ? pooled.index_select(0, joined.place) : pooled;
 }
 
+// [U, E] bool. Which of the experts with a fraction of a window left take it, the logits of this window say:
+// those of an earlier one would be high where this one's then can hardly be higher.
 Tensor SegmentRouter::prefix_choice(const Tensor& logits, const Windows& w, DecodeState* state) {
   const Joined joined = join_kept(logits, w, state, "logits", std::numeric_limits<int64_t>::max());
-  Tensor rank = ops::rank_among_earlier(joined.rows, joined.position);
-  if (joined.place.defined()) rank = rank.index_select(0, joined.place);
-  const Tensor offset = at::arange(num_experts_, logits.options().dtype(at::kDouble)) + 0.5;
-  const Tensor share = (w.ordinal + 1).to(at::kDouble).unsqueeze(1) * config_.capacity;
-  return rank < at::floor((share + offset) / num_experts_);
+  const Tensor& position = joined.position;
+  const Tensor rank = ops::rank_among_earlier(joined.rows, position);
+  const Tensor share = (position + 1).to(at::kDouble).unsqueeze(1) * config_.capacity / num_experts_;
+  const Tensor whole = share.floor(), partly = rank == whole;
+  const Tensor fractions = partly.sum(1, /*keepdim=*/true) * (share - whole);
+  const Tensor due = (document_scan(fractions, position, joined.longest, 1) + kHalfUp).floor();
+  const Tensor best =
+      joined.rows.masked_fill(partly.logical_not(), -kInfinity).argsort(/*stable=*/true, 1, true);
+  const Tensor place =
+      at::empty_like(best).scatter_(1, best, at::arange(num_experts_, best.options()).expand_as(best));
+  const Tensor chosen = partly.logical_and(place < due - shifted(due, position, 1, 0));
+  const Tensor taken = (rank < whole).logical_or(chosen);
+  return joined.place.defined() ? taken.index_select(0, joined.place) : taken;
 }
 
 // [U] what a window counts towards capacity; 0 when it is padding.
@@ -176,34 +187,34 @@ Tensor SegmentRouter::size_of(const Windows& w) const {
 }
 
 // [U, E] bool: which expert takes which window.
-Tensor SegmentRouter::taken(const Tensor& logits, const Scoring& scoring, const Windows& w,
-                            DecodeState* state, Decision& d) {
+Tensor SegmentRouter::taken(const Tensor& logits, const Tensor& scoring, const Windows& w, DecodeState* state,
+                            Decision& d) {
   const Tensor real = (w.rows > 0).unsqueeze(1), fixed = logits.detach();
   if (config_.select == "threshold") return reaches(fixed, cutoff_).logical_and(real);
   if (config_.select == "prefix_choice") return prefix_choice(fixed, w, state).logical_and(real);
-  const bool foresee = config_.select == "predictor";
-  Tensor expected;
-  if (foresee) {
-    const Scoring stopped{scoring.vectors.detach(), scoring.index};
-    expected = stopped.logits(predictor_weight_, predictor_bias_.to(scoring.vectors.scalar_type()));
-    if (!is_training()) return (expected > 0).logical_and(real);
+  Tensor foreseen, expected;
+  if (config_.select == "predictor") {
+    foreseen = at::linear(scoring.detach(), predictor_weight_.to(scoring.scalar_type()),
+                          predictor_bias_.to(scoring.scalar_type()));
+    expected = (foreseen > 0).logical_and(real);
+    if (state && !is_training()) return expected;
   }
   const Tensor chosen = expert_choice(d.scores.detach(), size_of(w), config_.capacity, config_.bucket,
                                       config_.choice_pool == "sequence" ? &w : nullptr);
-  if (foresee) {
+  if (expected.defined()) {
     const Tensor decisions = (real.sum() * num_experts_).clamp_min(1);
-    const Tensor nats = at::binary_cross_entropy_with_logits(expected, chosen.to(expected.scalar_type()), {},
+    const Tensor nats = at::binary_cross_entropy_with_logits(foreseen, chosen.to(foreseen.scalar_type()), {},
                                                              {}, at::Reduction::None);
     const Tensor loss = (nats * real).sum() / decisions;
-    d.aux_loss = loss * config_.predictor_loss;
-    const Tensor wrong = (expected > 0).logical_xor(chosen).logical_and(real);
-    d.metrics["flip_rate"] = wrong.sum() / decisions;
+    d.metrics["flip_rate"] = expected.logical_xor(chosen).sum() / decisions;
     d.metrics["predictor_loss"] = loss.detach();
+    if (!is_training()) return expected;
+    d.aux_loss = loss * config_.predictor_loss;
   }
   return chosen;
 }
 
-void SegmentRouter::decide(const Tensor& logits, const Scoring& scoring, const Windows& w, DecodeState* state,
+void SegmentRouter::decide(const Tensor& logits, const Tensor& scoring, const Windows& w, DecodeState* state,
                            Decision& d) {
   const bool sigmoid = config_.scoring == "sigmoid";
   const Tensor real = w.rows > 0;
@@ -232,8 +243,8 @@ void SegmentRouter::decide(const Tensor& logits, const Scoring& scoring, const W
 Routing SegmentRouter::forward(const Tensor& x, const Packing& packing) {
   const Windows w = cut_windows(x, packing, config_.score == "sliding" ? 1 : config_.segment_len);
   const Tensor pooled = pool(x, packing, w);
-  const Scoring scored = scoring(pooled, w, packing.state);
-  const Tensor logits = scored.logits(weight_);
+  const Tensor scored = scoring(x, pooled, w, packing.state);
+  const Tensor logits = at::linear(scored, weight_.to(scored.scalar_type()));
   Decision d;
   decide(logits, scored, w, packing.state, d);
   const bool learning = is_training() && !packing.state;

@@ -22,10 +22,9 @@ Tensor to_device(const std::vector<int64_t>& values, const Tensor& like) {
 }
 
 Windows cut_windows(const Tensor& x, const Packing& packing, int64_t length) {
-  const int64_t earlier = packing.state ? packing.documents() : 0;
   const int64_t* at = packing.offsets.const_data_ptr<int64_t>();
   Windows w;
-  std::vector<int64_t> begins, begin, document, position, ordinal, source;
+  std::vector<int64_t> begins, begin, document, position, ordinal;
   for (int64_t i = 0; i < packing.documents(); ++i) {
     begin.push_back(static_cast<int64_t>(begins.size()));
     if (at[i] == at[i + 1]) continue;
@@ -36,7 +35,6 @@ Windows cut_windows(const Tensor& x, const Packing& packing, int64_t length) {
       document.push_back(i);
       position.push_back(window - first);
       ordinal.push_back(past / length + window - first);
-      source.push_back(window > first ? earlier + window : past > 0 ? 1 + i : 0);
       begins.push_back(std::max(row, at[i]));
     }
     w.longest = std::max(w.longest, static_cast<int64_t>(begins.size()) - first);
@@ -56,7 +54,6 @@ Windows cut_windows(const Tensor& x, const Packing& packing, int64_t length) {
   w.begin = to_device(begin, x);
   w.position = to_device(position, x);
   w.ordinal = to_device(ordinal, x);
-  w.source = to_device(source, x);
   w.rows = w.offsets.diff();
   if (packing.padding.defined()) {
     const Tensor seen = at::constant_pad_nd(packing.padding.logical_not().cumsum(0), {1, 0});
@@ -126,14 +123,20 @@ Tensor expert_choice(const Tensor& scores, const Tensor& size, double capacity, 
 }
 
 Tensor choice_cutoff(const Tensor& logits, const Tensor& size, double capacity) {
-  const Tensor real = (size > 0).unsqueeze(1);
+  const Tensor real = (size > 0).unsqueeze(1), last = real.sum().sub(1).clamp_min(0);
   const auto [sorted, order] =
-      logits.masked_fill(real.logical_not(), -kInfinity).sort(0, /*descending=*/true);
+      logits.masked_fill(real.logical_not(), -kInfinity).sort(/*stable=*/true, 0, /*descending=*/true);
   const Tensor sizes = size.unsqueeze(1).expand_as(order).gather(0, order);
-  const Tensor taken =
-      (sizes.cumsum(0) <= quota(size.sum(), logits.size(1), capacity)).logical_and(sizes > 0);
-  const Tensor lowest = std::get<0>(sorted.masked_fill(taken.logical_not(), kInfinity).min(0));
-  return at::minimum(lowest, sorted[0]);
+  const Tensor middles = sizes.cumsum(0) - sizes.to(at::kDouble) / 2;
+  const Tensor share = size.sum().to(at::kDouble) * capacity / logits.size(1);
+  // The neighbours of the share; the first or last two where it lies beyond them.
+  const Tensor passed = (middles <= share).logical_and(sizes > 0).sum(0, /*keepdim=*/true);
+  const Tensor after = at::minimum(passed.clamp_min(1), last), before = (after - 1).clamp_min(0);
+  const Tensor high = sorted.gather(0, before), low = sorted.gather(0, after);
+  const Tensor from = middles.gather(0, before), to = middles.gather(0, after);
+  const Tensor inside = ((share - from) / (to - from).clamp_min(0.5)).clamp_max(1);
+  const Tensor fall = at::where(passed > 0, inside, (share / from).log());
+  return (high - (high - low) * fall).squeeze(0).to(logits.scalar_type());
 }
 
 }  // namespace hymoe

@@ -9,14 +9,12 @@ namespace hymoe {
 
 /// The windows of one call, document after document.
 struct Windows {
-  Tensor offsets;   // [U + 1]
-  Tensor rows;      // [U] rows that are not padding
-  Tensor document;  // [U], rising
-  Tensor begin;     // [N + 1] first window of each document
-  Tensor position;  // [U] place among its document's windows of this call
-  Tensor ordinal;   // [U] place among all windows of its document
-  Tensor source;  // [U] which vector `score: previous` reads: 0 start, 1 + i the last window of document i in
-                  // the calls before, then the windows of this call
+  Tensor offsets;       // [U + 1]
+  Tensor rows;          // [U] rows that are not padding
+  Tensor document;      // [U], rising
+  Tensor begin;         // [N + 1] first window of each document
+  Tensor position;      // [U] place among its document's windows of this call
+  Tensor ordinal;       // [U] place among all windows of its document
   int64_t longest = 0;  // most windows that a document has in this call
   // Documents with rows in this call, their last windows, and 1 where those are full, else 0.
   std::vector<int64_t> documents, last, last_is_full;
@@ -48,7 +46,11 @@ Tensor sliding_pool(const Tensor& x, const Tensor& position, int64_t length, boo
 Tensor expert_choice(const Tensor& scores, const Tensor& size, double capacity, int64_t bucket,
                      const Windows* by_document);
 
-/// [E] the lowest logit that expert choice without bucket would take; at least one window's.
+/// [E] the logit down to which expert choice without bucket would take windows, were they divisible: the
+/// windows' sizes stand end to end, best first, each with its logit at its middle, and the cut-off is the
+/// line between these at sum of sizes·capacity / E. Before the first middle it goes on as the tail of an
+/// exponential distribution would: with m its distance and s the share, a ln(m / s)-fold of the first two
+/// logits' difference higher; a lone window's logit stays.
 Tensor choice_cutoff(const Tensor& logits, const Tensor& size, double capacity);
 
 }  // namespace hymoe

@@ -20,11 +20,12 @@ constexpr double kTolerance = 1e-11;  // of doubles that went through products o
 struct Mode {
   std::string score, select, pooling;
   bool causal, batch_independent;
-  std::string choice_pool = "micro_batch";
+  std::string choice_pool = "micro_batch", kind = "segment";
 };
 
 std::ostream& operator<<(std::ostream& out, const Mode& mode) {
-  return out << mode.score << "_" << mode.select << "_" << mode.pooling << "_" << mode.choice_pool;
+  return out << mode.kind << "_" << mode.score << "_" << mode.select << "_" << mode.pooling << "_"
+             << mode.choice_pool;
 }
 
 const std::vector<Mode> kModes = {
@@ -50,10 +51,14 @@ const std::vector<Mode> kModes = {
     {"sliding", "prefix_choice", "max", true, true},
     {"sliding", "predictor", "mean", true, true},
     {"sliding", "expert_choice", "mean", false, true, "sequence"},
+    {"own", "threshold", "max", true, true, "micro_batch", "threshold"},
+    {"own", "expert_choice", "max", false, false, "micro_batch", "expert_choice"},
+    {"own", "expert_choice", "max", false, true, "sequence", "expert_choice"},
 };
 
 MoEConfig config_of(const Mode& mode) {
   RouterConfig router = segment_config(mode.score, mode.select);
+  router.kind = mode.kind;
   router.pooling = mode.pooling;
   router.choice_pool = mode.choice_pool;
   router.prefix_decay = mode.pooling == "mean" ? 0.7 : 0;

@@ -62,7 +62,7 @@ TEST(SegmentModes, PrefixIsTheAverageOfAllWindowsBefore) {
       for (const int64_t length : kLengths) {
         Tensor average;
         for (int64_t row = 0, k = 0; row < length; row += 4, ++k) {
-          expected.push_back(k == 0 ? start : average);
+          expected.push_back(k == 0 ? start + x[begin] : average);
           const Tensor now = pooled(x.slice(0, begin + row, begin + std::min(row + 4, length)), pooling);
           const double keep = decay == 0 ? static_cast<double>(k) / static_cast<double>(k + 1) : decay;
           average = k == 0 ? now : average * keep + now * (1 - keep);
@@ -109,15 +109,23 @@ TEST(SegmentModes, PrefixChoiceRanksAmongTheWindowsSoFar) {
     std::vector<std::vector<int64_t>> expected;
     int64_t begin = 0;
     for (const int64_t windows : {16, 3, 10}) {
+      double due = 0, given = 0;
       for (int64_t k = 0; k < windows; ++k) {
         expected.emplace_back();
+        std::vector<int64_t> partly;
+        const double share = capacity * static_cast<double>(k + 1) / kExperts;
         for (int64_t e = 0; e < kExperts; ++e) {
           const Tensor column = scores.select(1, e).narrow(0, begin, k + 1);
           const int64_t rank = (column.narrow(0, 0, k) > column[k]).sum().item<int64_t>();
-          const double share = capacity * static_cast<double>(k + 1);
-          const double quota = std::floor((share + static_cast<double>(e) + 0.5) / kExperts);
-          if (static_cast<double>(rank) < quota) expected.back().push_back(e);
+          if (static_cast<double>(rank) < std::floor(share)) expected.back().push_back(e);
+          if (static_cast<double>(rank) == std::floor(share)) partly.push_back(e);
         }
+        const auto logit = [&](int64_t e) { return scores[begin + k][e].item<double>(); };
+        std::sort(partly.begin(), partly.end(), [&](int64_t a, int64_t b) { return logit(a) > logit(b); });
+        due += static_cast<double>(partly.size()) * (share - std::floor(share));
+        for (size_t i = 0; given < std::floor(due + 0.5 + 1e-9); ++i, ++given)
+          expected.back().push_back(partly.at(i));
+        std::sort(expected.back().begin(), expected.back().end());
       }
       begin += windows;
     }
@@ -154,13 +162,15 @@ TEST(SegmentModes, CapacityInRowsFillsUpToTheRowsOfAShare) {
   x[0][0] = 5, x[4][1] = 5, x[8][2] = 5, x[0][2] = 4, x[9][2] = 3;
   EXPECT_EQ(experts_of(identity(config)->forward(x, packing)),
             (std::vector<std::vector<int64_t>>{{0}, {1}, {2}, {}}));
-  // The cut-off of a threshold is that of the same choice.
+  // The cut-off of a threshold is where 4 rows end: for experts 0 and 1 half way between windows of 4 rows,
+  // for expert 2 between the middles of one row and the next four, at 1/2 and 3, and then of three, at 6 1/2.
   config.select = "threshold";
   auto router = identity(config);
   router->train();
   router->forward(x, packing);
   router->end_step({});
-  EXPECT_TRUE(at::allclose(router->named_buffers()["cutoff"], at::tensor({5., 5., 5.}, at::kDouble)));
+  EXPECT_TRUE(
+      at::allclose(router->named_buffers()["cutoff"], at::tensor({2.5, 2.5, 4 - 1 / 3.5}, at::kDouble)));
 }
 
 TEST(SegmentModes, ThePredictorLearnsWhatExpertChoiceTakes) {
@@ -200,6 +210,7 @@ TEST(SegmentModes, ThePredictorLearnsWhatExpertChoiceTakes) {
   EXPECT_EQ(router->causal(), true);
   const Routing foreseen = router->forward(x, packing);
   EXPECT_FALSE(foreseen.aux_loss.defined());
+  EXPECT_NEAR(foreseen.metrics.at("flip_rate").item<double>(), flips, 0.03) << "held-out rows have it too";
   const Tensor both = at::stack({at::zeros({32, kExperts + 1}), at::zeros({32, kExperts + 1})});
   const auto as_mask = [&](const Routing& r, int64_t i) {
     both[i].scatter_(1, at::where(r.expert_ids < 0, kExperts, r.expert_ids), 1);
@@ -247,23 +258,74 @@ Tensor stream(int64_t documents, int64_t rows) {
   return (at::randn({documents, rows, kExperts}, at::kDouble) + direction).flatten(0, 1);
 }
 
+double load_on_held_out_text(const std::shared_ptr<Router>& router, int64_t documents, int64_t rows) {
+  torch::manual_seed(4);
+  router->train();
+  for (int step = 0; step < 200; ++step) {
+    router->forward(stream(documents, rows), Packing::of(documents, rows));
+    router->end_step({});
+  }
+  router->eval();
+  const Routing routing = router->forward(stream(2000, rows), Packing::of(2000, rows));
+  return (routing.expert_ids >= 0).sum().item<double>() / static_cast<double>(routing.expert_ids.size(0));
+}
+
 TEST(SegmentModes, ThresholdsKeepTheTargetLoadOnHeldOutText) {
-  for (const double capacity : {0.5, 1.0}) {
-    RouterConfig config = segment_config("previous", "threshold");
-    config.capacity = capacity;
-    config.bucket = kExperts;
-    config.threshold_decay = 0.99;
-    auto router = identity(config);
-    torch::manual_seed(4);
-    router->train();
-    for (int step = 0; step < 200; ++step) {
-      router->forward(stream(64, 64), Packing::of(64, 64));
-      router->end_step({});
+  for (const std::string score : {"previous", "prefix"}) {
+    for (const double capacity : {0.5, 1.0}) {
+      for (const int64_t windows : {1, 2, 16}) {  // of which one is a document's first
+        RouterConfig config = segment_config(score, "threshold");
+        config.capacity = capacity;
+        config.bucket = kExperts;
+        const double load = load_on_held_out_text(identity(config), 256 / windows, 4 * windows);
+        EXPECT_NEAR(load, capacity, 0.05 * capacity) << score << ", documents of " << windows << " windows";
+      }
     }
-    router->eval();
-    const Routing routing = router->forward(stream(2000, 64), Packing::of(2000, 64));
-    const double load = (routing.expert_ids >= 0).sum().item<double>() / (2000 * 16);
-    EXPECT_NEAR(load, capacity, 0.05 * capacity);
+  }
+}
+
+TEST(SegmentModes, ThresholdsKeepTheTargetLoadInSmallMicroBatches) {
+  for (const int64_t experts : {6, 64}) {
+    for (const int64_t windows : {8, 16, 128}) {
+      RouterConfig config = segment_config("own", "threshold");
+      config.segment_len = 1;
+      config.bucket = experts;
+      auto router = routers().make("segment", {experts, experts, config});
+      at::NoGradGuard no_grad;
+      router->named_parameters()["weight"].copy_(at::eye(experts));
+      torch::manual_seed(4);
+      for (int step = 0; step < 400; ++step) {
+        router->forward(at::randn({windows, experts}), Packing::of(1, windows));
+        router->end_step({});
+      }
+      router->eval();
+      const Routing routing = router->forward(at::randn({20000, experts}), Packing::of(1, 20000));
+      EXPECT_NEAR((routing.expert_ids >= 0).sum().item<double>() / 20000, 1, 0.2)
+          << windows << " windows, " << experts << " experts";
+    }
+  }
+}
+
+TEST(SegmentModes, PrefixChoiceKeepsTheTargetLoadInShortDocuments) {
+  for (const int64_t windows : {1, 2, 3, 7}) {
+    for (const double capacity : {1.0, 2.0}) {
+      RouterConfig config = segment_config("own", "prefix_choice");
+      config.segment_len = 1;
+      config.capacity = capacity;
+      config.bucket = kExperts;
+      auto router = identity(config);
+      const Tensor x = at::randn({3000 * windows, kExperts}, at::kDouble);
+      const Routing routing = router->forward(x, Packing::of(3000, windows));
+      const Tensor taken =
+          at::zeros({3000 * windows, kExperts + 1})
+              .scatter_(1, at::where(routing.expert_ids < 0, kExperts, routing.expert_ids), 1)
+              .narrow(1, 0, kExperts)
+              .mean(0);
+      for (int64_t e = 0; e < kExperts; ++e) {
+        EXPECT_NEAR(taken[e].item<double>(), capacity / kExperts, 0.1 * capacity / kExperts)
+            << "expert " << e << ", documents of " << windows << " windows";
+      }
+    }
   }
 }
 

@@ -65,7 +65,8 @@ TEST(SegmentRouter, ExpertChoiceIsThePublishedLoop) {
   torch::manual_seed(3);
   for (const int64_t windows : {1, 3, 8, 24}) {
     for (const double capacity : {0.5, 1.0, 2.0, 5.0}) {
-      for (const int64_t bucket : {1, 2, 4}) {
+      for (const int64_t bucket : {1, 2, 5}) {
+        if (static_cast<double>(bucket) < capacity) continue;
         for (const bool ties : {false, true}) {
           auto router = identity({.kind = "segment",
                                   .segment_len = 1,
@@ -94,14 +95,18 @@ TEST(SegmentRouter, WindowsOfOneDocumentWithARaggedLast) {
 
 TEST(SegmentRouter, PreviousWindowScoresAndStartTheFirst) {
   auto router = identity(segment_config("previous", "top_k"), 4);
-  at::NoGradGuard no_grad;
-  router->named_parameters()["start"].copy_(at::tensor({0., 0., 9., 8.}));
+  Tensor start = router->named_parameters()["start"];
+  start.set_data(at::tensor({0., 7., 9., 8.}, at::kFloat));
   Tensor x = at::zeros({12, 4});
+  x[0][1] = 3;  // joins the start of document 0: experts 1, 2
   x[1][0] = 5;  // document 0, window 0: experts 0, 1
   x[2][1] = 4;
   x[9][3] = 7;  // document 1, window 0: experts 3, 0
   x[10][0] = 1;
-  EXPECT_EQ(experts_of(router->forward(x, documents({7, 5}))), (Taken{{2, 3}, {0, 1}, {2, 3}, {0, 3}}));
+  const Routing routing = router->forward(x, documents({7, 5}));
+  EXPECT_EQ(experts_of(routing), (Taken{{1, 2}, {0, 1}, {2, 3}, {0, 3}}));
+  routing.weights.sum().backward();
+  EXPECT_GT(start.grad()[2].item<double>(), 0);
 }
 
 TEST(SegmentRouter, WeightsAreScoresAndTheirScale) {
@@ -145,7 +150,8 @@ TEST(SegmentRouter, CutoffIsWhatExpertChoiceWouldHaveMade) {
     packing.padding.slice(0, packing.rows() - 4).fill_(true);  // a document of padding counts nowhere
     router->forward(at::cat({windows.repeat_interleave(4, 0), at::full({4, 2}, 99.)}), packing);
   };
-  const Tensor a = at::tensor({1., 10., 2., 20., 3., 30., 4., 40.}).view({4, 2});  // 2nd best: 3, 30
+  // Half way between the second best and the third: 2.5, 25.
+  const Tensor a = at::tensor({1., 10., 2., 20., 3., 30., 4., 40.}).view({4, 2});
   router->eval();
   forward(a);
   router->end_step({});
@@ -154,25 +160,25 @@ TEST(SegmentRouter, CutoffIsWhatExpertChoiceWouldHaveMade) {
   router->train();
   forward(a);
   EXPECT_TRUE(at::isinf(cutoff).all().item<bool>()) << "a forward pass changed the cut-off";
-  forward(a + 2);  // two micro-batches: the mean of 3 and 5
+  forward(a + 2);  // two micro-batches: the mean of 2.5 and 4.5
   router->end_step({});
-  EXPECT_TRUE(at::allclose(cutoff, at::tensor({4., 31.}, at::kFloat)));
+  EXPECT_TRUE(at::allclose(cutoff, at::tensor({3.5, 26.}, at::kFloat)));
   router->end_step({});  // nothing recorded, nothing moves
   EXPECT_EQ(steps.item<int64_t>(), 1);
-  forward(a + 9);  // (12, 39): running mean of two steps
+  forward(a + 9);  // (11.5, 34): running mean of two steps
   router->end_step({});
-  EXPECT_TRUE(at::allclose(cutoff, at::tensor({8., 35.}, at::kFloat)));
+  EXPECT_TRUE(at::allclose(cutoff, at::tensor({7.5, 30.}, at::kFloat)));
   for (int i = 0; i < 2; ++i) {
-    forward(a + 5);  // (8, 35) stays; then the mean would keep 4/5, and the decay of 0.75 holds it
+    forward(a + 5);  // (7.5, 30) stays; then the mean would keep 4/5, and the decay of 0.75 holds it
     router->end_step({});
   }
   forward(a + 9);
   router->end_step({});
-  EXPECT_TRUE(at::allclose(cutoff, at::tensor({9., 36.}, at::kFloat)));
+  EXPECT_TRUE(at::allclose(cutoff, at::tensor({8.5, 31.}, at::kFloat)));
   EXPECT_EQ(steps.item<int64_t>(), 5);
-  forward(at::tensor({7., 7.}).view({1, 2}));  // fewer windows than experts: one is taken all the same
+  forward(at::tensor({7., 7.}).view({1, 2}));  // half a window: its middle
   router->end_step({});
-  EXPECT_TRUE(at::allclose(cutoff, at::tensor({8.5, 28.75}, at::kFloat)));
+  EXPECT_TRUE(at::allclose(cutoff, at::tensor({8.125, 25.}, at::kFloat)));
 }
 
 TEST(SegmentRouter, MicroBatchesWithoutRowsRecordNothing) {
@@ -219,6 +225,11 @@ TEST(SegmentRouter, RefusesConfigsThatCannotWork) {
   config.bucket = 1;
   config.normalize = true;
   EXPECT_NE(error(config).find("bucket: a single normalised weight"), std::string::npos) << error(config);
+  for (config = segment_config("previous", "threshold"); const char* kind : {"segment", "threshold"}) {
+    config.kind = kind;
+    config.capacity = 2.5;
+    EXPECT_NE(error(config).find("bucket: no window gets more experts"), std::string::npos) << error(config);
+  }
   config = segment_config("prevous", "threshold");
   EXPECT_NE(error(config).find("score"), std::string::npos) << error(config);
 }

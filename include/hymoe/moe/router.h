@@ -66,7 +66,8 @@ struct RouterConfig {
             .one_of({"softmax", "sigmoid", "softmax_topk"}),
         field("normalize", &C::normalize,
               "divide a unit's weights by their sum; by default topk does and the others do not, "
-              "sparse_mixer never"),
+              "sparse_mixer never. Where capacity gives a unit to a single expert, its weight is then 1 and "
+              "gives the router no gradient"),
         field("shared", &C::shared,
               "inside: the shared expert has the router's last row, is always taken and shares the "
               "normalisation")
@@ -130,9 +131,9 @@ struct RouterConfig {
               "who takes a window: expert_choice looks ahead, depends on the batch and is for comparison, "
               "predictor does both in training only; threshold, prefix_choice and top_k never do")
             .one_of({"expert_choice", "threshold", "prefix_choice", "predictor", "top_k"}),
-        field("choice_pool", &C::choice_pool,
               "the windows among which an expert chooses (expert_choice, predictor): those of a micro_batch, "
-              "which depends on the batch, or of a sequence; both look ahead")
+              "which depends on the batch, or of a sequence, of which no one takes documents of fewer than "
+              "num_experts / capacity windows; both look ahead")
             .one_of({"micro_batch", "sequence"}),
         field("capacity_unit", &C::capacity_unit,
               "what capacity counts (expert_choice, predictor, threshold); prefix_choice counts windows")
@@ -144,7 +145,8 @@ struct RouterConfig {
         field("predictor_loss", &C::predictor_loss, "coefficient of the predictor's cross-entropy")
             .at_least(0),
         field("pooling", &C::pooling, "how a window becomes a vector").one_of({"max", "mean"}),
-        field("capacity", &C::capacity, "experts a window gets on average (all but top_k)").above(0),
+        field("capacity", &C::capacity, "experts a window gets on average, at most bucket (all but top_k)")
+            .above(0),
         field("bucket", &C::bucket, "experts a window gets at most (all but top_k)").at_least(1),
         field("gate_scale", &C::gate_scale, "window: weights are divided by segment_len, as MultiPL-MoE does")
             .one_of({"none", "window"}),

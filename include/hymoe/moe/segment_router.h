@@ -11,10 +11,11 @@ struct Windows;
 
 /// Routes windows of segment_len consecutive rows of one document (the last may be shorter). A window is
 /// scored by W u, u its own pooled vector (`score: own`, which looks ahead), that of the window before it
-/// (`previous`), or the mean or exponential average of all windows before it (`prefix`); the first window of
-/// a document has the learned vector `start`. With `sliding` every row is a unit, scored by the pool of the
-/// segment_len rows up to it. Weights are the scores softmax(W u) or sigmoid(W u), divided by segment_len
-/// with gate_scale window, unnormalised unless asked. Who takes a window:
+/// (`previous`), or the mean or exponential average of all windows before it (`prefix`); for the first window
+/// of a document these two have the sum of its first row and the learned vector `start`. With `sliding` every
+/// row is a unit, scored by the pool of the segment_len rows up to it. Weights are the scores softmax(W u) or
+/// sigmoid(W u), divided by segment_len with gate_scale window, unnormalised unless asked. Who takes a
+/// window:
 ///
 /// - `expert_choice` (MultiPL-MoE, arXiv 2508.19268): of the V windows of the call (or, with choice_pool
 ///   sequence, of a document), experts in order each take the floor(V·capacity / E) of highest score among
@@ -22,16 +23,24 @@ struct Windows;
 ///   ahead, and across documents.
 /// - `threshold` (Expert Threshold, arXiv 2603.11535): expert e takes windows whose logit reaches its
 ///   cutoff[e], the best `bucket` experts of a window when more do. A training forward only records the
-///   cut-off that expert choice without bucket would have made in it (taking at least one window); end_step
-///   moves `cutoff` towards the mean of those records: their running mean at first, later with
-///   threshold_decay. To calibrate is therefore a training forward without gradients on sample text, then
-///   end_step. Before that cutoff is +inf and no window is taken.
-/// - `prefix_choice`: expert choice among the windows seen so far. Window k goes to expert e if fewer than
-///   floor((capacity·(k + 1) + e + 1/2) / E) of its document's windows before it have a higher logit; the
-///   best `bucket` experts of a window when more do.
+///   cut-off that expert choice without bucket would have made in it, interpolated between the logits of the
+///   last window taken and the first not taken. Where V·capacity / E is less than 1/2 it is extrapolated from
+///   the two largest, a guess that keeps the load down to about 1/8 and falls short of it below. Windows of
+///   one logit are taken together: all first ones, if all documents begin with the same row. end_step moves
+///   `cutoff` towards the mean of those records: their running mean at first, later with threshold_decay. To
+///   calibrate is therefore a training forward without gradients on sample text, then end_step. Before that
+///   cutoff is +inf and no window is taken.
+/// - `prefix_choice`: expert choice among the windows seen so far. Window k goes to expert e if fewer than q
+/// of
+///   its document's windows before it have a higher logit, q = floor(s), s = capacity·(k + 1) / E. Where
+///   exactly q have, s - q of the cases are due: of the n such experts at window k, those of highest logit in
+///   it take it too, as many as round(Σ_{j <= k} n_j·(s_j - q_j)) grows by at k. So the mean load is capacity
+///   in documents of any length, but for rounding (that of one window has round(capacity) experts). The best
+///   `bucket` experts of a window when more do.
 /// - `predictor` (after Mixture-of-Depths, arXiv 2404.02258, §3.5): trained by expert choice, which a linear
 ///   head on the stopped gradient of u learns to foresee (binary cross-entropy, predictor_loss); evaluation
-///   and generation take what the head expects. metrics: flip_rate, the share of decisions that it got wrong.
+///   and generation take what the head expects. metrics: flip_rate, the share of decisions that it got wrong,
+///   and predictor_loss; also in evaluation, against what expert choice would take, but not while decoding.
 /// - `top_k`: each window takes its top_k experts. Balance loss as in TopkRouter, windows counted by their
 ///   rows.
 ///
@@ -52,19 +61,19 @@ class SegmentRouter : public Router {
   bool batch_independent() const override;
 
  private:
-  struct Scoring;
   struct Decision;
   Tensor pool(const Tensor& x, const Packing& packing, const Windows& windows);
-  Scoring scoring(const Tensor& pooled, const Windows& windows, DecodeState* state);
+  Tensor scoring(const Tensor& x, const Tensor& pooled, const Windows& windows, DecodeState* state);
+  Tensor previous(const Tensor& pooled, const Windows& windows, DecodeState* state);
   struct Joined;
   Joined join_kept(const Tensor& x, const Windows& windows, DecodeState* state, const std::string& name,
                    int64_t keep);
   Tensor prefix(const Tensor& pooled, const Windows& windows, DecodeState* state);
   Tensor sliding(const Tensor& x, const Windows& windows, DecodeState* state);
   Tensor prefix_choice(const Tensor& logits, const Windows& windows, DecodeState* state);
-  Tensor taken(const Tensor& logits, const Scoring& scoring, const Windows& windows, DecodeState* state,
+  Tensor taken(const Tensor& logits, const Tensor& scoring, const Windows& windows, DecodeState* state,
                Decision& decision);
-  void decide(const Tensor& logits, const Scoring& scoring, const Windows& windows, DecodeState* state,
+  void decide(const Tensor& logits, const Tensor& scoring, const Windows& windows, DecodeState* state,
               Decision& decision);
   Tensor& remembered(DecodeState& state, const std::string& name, const Tensor& of_windows);
   void remember(DecodeState& state, const Tensor& pooled, const Windows& windows, Decision& decision);
