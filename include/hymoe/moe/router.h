@@ -131,6 +131,7 @@ struct RouterConfig {
               "who takes a window: expert_choice looks ahead, depends on the batch and is for comparison, "
               "predictor does both in training only; threshold, prefix_choice and top_k never do")
             .one_of({"expert_choice", "threshold", "prefix_choice", "predictor", "top_k"}),
+        field("choice_pool", &C::choice_pool,
               "the windows among which an expert chooses (expert_choice, predictor): those of a micro_batch, "
               "which depends on the batch, or of a sequence, of which no one takes documents of fewer than "
               "num_experts / capacity windows; both look ahead")
