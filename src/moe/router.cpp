@@ -107,7 +107,11 @@ void RouterConfig::check() const {
     throw ConfigError("capacity_unit", "prefix_choice counts windows: expected windows, got rows");
   }
   const bool by_bucket = by_capacity(*this);
-  refuse(by_bucket && static_cast<double>(bucket) < capacity, "bucket",
+  // Published expert choice runs with more places than its bucket lets be taken; elsewhere it is an
+  // oversight.
+  const bool published =
+      kind == "expert_choice" || (kind == "segment" && (select == "expert_choice" || select == "predictor"));
+  refuse(by_bucket && !published && static_cast<double>(bucket) < capacity, "bucket",
          "no window gets more experts, nor so many on average as capacity: expected at least " +
              format_scalar(capacity) + ", got " + std::to_string(bucket));
   if ((by_bucket ? bucket : top_k) == 1 && normalized() && shared == "apart") {
@@ -120,7 +124,7 @@ void RouterConfig::check() const {
 }
 
 double RouterConfig::experts_per_unit() const {
-  return by_capacity(*this) ? capacity : static_cast<double>(top_k);
+  return by_capacity(*this) ? std::min(capacity, static_cast<double>(bucket)) : static_cast<double>(top_k);
 }
 
 Registry<Router, RouterArgs>& routers() {

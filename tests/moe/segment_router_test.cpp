@@ -230,6 +230,8 @@ TEST(SegmentRouter, RefusesConfigsThatCannotWork) {
     config.capacity = 2.5;
     EXPECT_NE(error(config).find("bucket: no window gets more experts"), std::string::npos) << error(config);
   }
+  config.kind = "expert_choice";  // as published
+  EXPECT_NO_THROW(check_config(config));
   config = segment_config("prevous", "threshold");
   EXPECT_NE(error(config).find("score"), std::string::npos) << error(config);
 }

@@ -146,7 +146,7 @@ struct RouterConfig {
         field("predictor_loss", &C::predictor_loss, "coefficient of the predictor's cross-entropy")
             .at_least(0),
         field("pooling", &C::pooling, "how a window becomes a vector").one_of({"max", "mean"}),
-        field("capacity", &C::capacity, "experts a window gets on average, at most bucket (all but top_k)")
+        field("capacity", &C::capacity, "experts a window gets on average (all but top_k)")
             .above(0),
         field("bucket", &C::bucket, "experts a window gets at most (all but top_k)").at_least(1),
         field("gate_scale", &C::gate_scale, "window: weights are divided by segment_len, as MultiPL-MoE does")
