@@ -65,8 +65,7 @@ TEST(SegmentRouter, ExpertChoiceIsThePublishedLoop) {
   torch::manual_seed(3);
   for (const int64_t windows : {1, 3, 8, 24}) {
     for (const double capacity : {0.5, 1.0, 2.0, 5.0}) {
-      for (const int64_t bucket : {1, 2, 5}) {
-        if (static_cast<double>(bucket) < capacity) continue;
+      for (const int64_t bucket : {1, 2, 4}) {
         for (const bool ties : {false, true}) {
           auto router = identity({.kind = "segment",
                                   .segment_len = 1,
