@@ -86,8 +86,10 @@ Tensor SegmentRouter::pool(const Tensor& x, const Packing& packing, const Window
 Tensor SegmentRouter::scoring(const Tensor& x, const Tensor& pooled, const Windows& w, DecodeState* state) {
   if (config_.score == "own") return pooled;
   if (config_.score == "sliding") return sliding(pooled, w, state);
-  const Tensor rows = x.index_select(0, w.offsets.narrow(0, 0, pooled.size(0))).to(pooled.scalar_type());
-  return at::where((w.ordinal == 0).unsqueeze(1), rows + start_.to(pooled.scalar_type()),
+  Tensor first = start_.to(pooled.scalar_type());
+  if (config_.first_row)
+    first = first + x.index_select(0, w.offsets.narrow(0, 0, pooled.size(0))).to(pooled.scalar_type());
+  return at::where((w.ordinal == 0).unsqueeze(1), first,
                    config_.score == "prefix" ? prefix(pooled, w, state) : previous(pooled, w, state));
 }
 

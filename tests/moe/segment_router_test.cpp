@@ -97,15 +97,20 @@ TEST(SegmentRouter, PreviousWindowScoresAndStartTheFirst) {
   Tensor start = router->named_parameters()["start"];
   start.set_data(at::tensor({0., 7., 9., 8.}, at::kFloat));
   Tensor x = at::zeros({12, 4});
-  x[0][1] = 3;  // joins the start of document 0: experts 1, 2
+  x[0][1] = 3;  // with first_row joins the start of document 0: experts 1, 2
   x[1][0] = 5;  // document 0, window 0: experts 0, 1
   x[2][1] = 4;
   x[9][3] = 7;  // document 1, window 0: experts 3, 0
   x[10][0] = 1;
   const Routing routing = router->forward(x, documents({7, 5}));
-  EXPECT_EQ(experts_of(routing), (Taken{{1, 2}, {0, 1}, {2, 3}, {0, 3}}));
+  EXPECT_EQ(experts_of(routing), (Taken{{2, 3}, {0, 1}, {2, 3}, {0, 3}}));
   routing.weights.sum().backward();
   EXPECT_GT(start.grad()[2].item<double>(), 0);
+  RouterConfig config = segment_config("previous", "top_k");
+  config.first_row = true;
+  router = identity(config, 4);
+  router->named_parameters()["start"].set_data(start.detach());
+  EXPECT_EQ(experts_of(router->forward(x, documents({7, 5}))), (Taken{{1, 2}, {0, 1}, {2, 3}, {0, 3}}));
 }
 
 TEST(SegmentRouter, WeightsAreScoresAndTheirScale) {
@@ -230,7 +235,7 @@ TEST(SegmentRouter, RefusesConfigsThatCannotWork) {
     EXPECT_NE(error(config).find("bucket: no window gets more experts"), std::string::npos) << error(config);
   }
   config.kind = "expert_choice";  // as published
-  EXPECT_NO_THROW(check_config(config));
+  EXPECT_NO_THROW(routers().make("expert_choice", {4, 3, config}));
   config = segment_config("prevous", "threshold");
   EXPECT_NE(error(config).find("score"), std::string::npos) << error(config);
 }

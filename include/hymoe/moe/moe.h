@@ -120,8 +120,8 @@ class MoEImpl : public torch::nn::Module {
   explicit MoEImpl(const MoEConfig& config, const Mesh& mesh = {});
 
   /// x [T, D], documents as packing says; or, without a packing, x [B, S, D], each batch row a document. With
-  /// packing.state, check_decodable() comes first. With `recompute` the backward pass runs all but the routers
-  /// again instead of keeping what it needs.
+  /// packing.state, check_decodable() comes first. With `recompute` the backward pass runs all but the
+  /// routers again instead of keeping what it needs.
   MoEOutput forward(const Tensor& x, const Packing& packing = {}, bool recompute = false);
   /// After an optimizer step: end_step of every router.
   void end_step(const Group& group = {});

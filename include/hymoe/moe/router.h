@@ -37,6 +37,7 @@ struct RouterConfig {
   std::string prior_form = "paper";
   int64_t segment_len = 64;
   std::string score = "previous";
+  bool first_row = false;
   std::string select = "threshold";
   std::string choice_pool = "micro_batch";
   std::string capacity_unit = "windows";
@@ -127,6 +128,10 @@ struct RouterConfig {
               "what scores a window: its own pooled vector (looks ahead), the previous window's, the "
               "mean of all before it (prefix); or every row by the segment_len rows up to it (sliding)")
             .one_of({"own", "previous", "prefix", "sliding"}),
+        field(
+            "first_row", &C::first_row,
+            "a document's first window is scored by its first row beside the learned start vector, which all "
+            "documents share: for documents of few windows (score previous and prefix)"),
         field("select", &C::select,
               "who takes a window: expert_choice looks ahead, depends on the batch and is for comparison, "
               "predictor does both in training only; threshold, prefix_choice and top_k never do")
@@ -146,8 +151,7 @@ struct RouterConfig {
         field("predictor_loss", &C::predictor_loss, "coefficient of the predictor's cross-entropy")
             .at_least(0),
         field("pooling", &C::pooling, "how a window becomes a vector").one_of({"max", "mean"}),
-        field("capacity", &C::capacity, "experts a window gets on average (all but top_k)")
-            .above(0),
+        field("capacity", &C::capacity, "experts a window gets on average (all but top_k)").above(0),
         field("bucket", &C::bucket, "experts a window gets at most (all but top_k)").at_least(1),
         field("gate_scale", &C::gate_scale, "window: weights are divided by segment_len, as MultiPL-MoE does")
             .one_of({"none", "window"}),

@@ -12,10 +12,10 @@ struct Windows;
 /// Routes windows of segment_len consecutive rows of one document (the last may be shorter). A window is
 /// scored by W u, u its own pooled vector (`score: own`, which looks ahead), that of the window before it
 /// (`previous`), or the mean or exponential average of all windows before it (`prefix`); for the first window
-/// of a document these two have the sum of its first row and the learned vector `start`. With `sliding` every
-/// row is a unit, scored by the pool of the segment_len rows up to it. Weights are the scores softmax(W u) or
-/// sigmoid(W u), divided by segment_len with gate_scale window, unnormalised unless asked. Who takes a
-/// window:
+/// of a document these two have the learned vector `start`, plus, with first_row, the document's first row.
+/// With `sliding` every row is a unit, scored by the pool of the segment_len rows up to it. Weights are the
+/// scores softmax(W u) or sigmoid(W u), divided by segment_len with gate_scale window, unnormalised unless
+/// asked. Who takes a window:
 ///
 /// - `expert_choice` (MultiPL-MoE, arXiv 2508.19268): of the V windows of the call (or, with choice_pool
 ///   sequence, of a document), experts in order each take the floor(V·capacity / E) of highest score among
