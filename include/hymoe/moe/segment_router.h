@@ -26,13 +26,12 @@ struct Windows;
 ///   cut-off that expert choice without bucket would have made in it, interpolated between the logits of the
 ///   last window taken and the first not taken. Where V·capacity / E is less than 1/2 it is extrapolated from
 ///   the two largest, a guess that keeps the load down to about 1/8 and falls short of it below. Windows of
-///   one logit are taken together: all first ones, if all documents begin with the same row. end_step moves
+///   one logit are taken together, as all first ones are without first_row. end_step moves
 ///   `cutoff` towards the mean of those records: their running mean at first, later with threshold_decay. To
 ///   calibrate is therefore a training forward without gradients on sample text, then end_step. Before that
 ///   cutoff is +inf and no window is taken.
-/// - `prefix_choice`: expert choice among the windows seen so far. Window k goes to expert e if fewer than q
-/// of
-///   its document's windows before it have a higher logit, q = floor(s), s = capacity·(k + 1) / E. Where
+/// - `prefix_choice`: expert choice among the windows seen so far. Window k goes to expert e if fewer than
+///   q of its document's windows before it have a higher logit, q = floor(s), s = capacity·(k + 1) / E. Where
 ///   exactly q have, s - q of the cases are due: of the n such experts at window k, those of highest logit in
 ///   it take it too, as many as round(Σ_{j <= k} n_j·(s_j - q_j)) grows by at k. So the mean load is capacity
 ///   in documents of any length, but for rounding (that of one window has round(capacity) experts). The best
