@@ -56,7 +56,10 @@ std::string rank_error(const Process& process, const std::string& text) {
 
 void train(const TrainConfig& config, const Process& process, bool json, bool quiet) {
   const bool cuda = training_device(config).is_cuda();
-  if (cuda) at::accelerator::setDeviceIndex(static_cast<c10::DeviceIndex>(process.local_rank));
+  if (cuda) {  // a launcher may show every rank a GPU of its own alone
+    const auto gpu = process.local_rank % at::accelerator::deviceCount();
+    at::accelerator::setDeviceIndex(static_cast<c10::DeviceIndex>(gpu));
+  }
   const World world(process, config.parallel, cuda,
                     std::chrono::milliseconds(static_cast<int64_t>(1000 * config.timeout)));
   Trainer trainer(config, world.mesh());

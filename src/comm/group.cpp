@@ -8,7 +8,6 @@
 #include <torch/types.h>
 
 #include "comm/communicator.h"
-#include "hymoe/config/error.h"
 
 namespace hymoe {
 namespace {
@@ -18,10 +17,10 @@ thread_local std::string current_place;
 [[noreturn]] void fail(const Communicator& communicator, const std::string& operation,
                        const std::string& place, const std::string& cause) {
   const std::string silent = communicator.silent_ranks ? communicator.silent_ranks() : "";
-  throw Error("rank " + std::to_string(communicator.backend->getRank()) + " of " +
-              std::to_string(communicator.backend->getSize()) + " of group " + communicator.name + ": " +
-              operation + (place.empty() ? "" : " in " + place) +
-              " failed: " + cause.substr(0, cause.find('\n')) + (silent.empty() ? "" : "; " + silent));
+  throw CommError("rank " + std::to_string(communicator.backend->getRank()) + " of " +
+                  std::to_string(communicator.backend->getSize()) + " of group " + communicator.name + ": " +
+                  operation + (place.empty() ? "" : " in " + place) +
+                  " failed: " + cause.substr(0, cause.find('\n')) + (silent.empty() ? "" : "; " + silent));
 }
 
 // This rank's of `size` equal parts of a tensor.
@@ -206,10 +205,13 @@ std::map<std::string, Traffic> Group::traffic() const {
   return communicator_->traffic;
 }
 
+at::Device Group::device() const {
+  return communicator_ && communicator_->backend->getBackendName() == "nccl" ? at::kCUDA : at::kCPU;
+}
+
 void Group::barrier() const {
   if (!communicator_) return;
-  const bool cuda = communicator_->backend->getBackendName() == "nccl";
-  Tensor nothing = at::zeros({1}, at::Device(cuda ? at::kCUDA : at::kCPU));
+  Tensor nothing = at::zeros({1}, device());
   all_reduce_sum(nothing);  // Gloo's own barrier takes no time limit
 }
 

@@ -60,10 +60,11 @@ Process read_process(const Get& get) {
   Process process;
   if (get("RANK") != nullptr || get("WORLD_SIZE") != nullptr) {
     find_torchrun(get, process);
+  } else if (get("OMPI_COMM_WORLD_SIZE") != nullptr) {
+    find_mpirun(get,
+                process);  // within Slurm its ranks inherit the variables of the daemon that started them
   } else if (get("SLURM_STEP_NUM_TASKS") != nullptr) {
     find_slurm(get, process);
-  } else if (get("OMPI_COMM_WORLD_SIZE") != nullptr) {
-    find_mpirun(get, process);
   }
   if (const char* address = get("MASTER_ADDR")) process.address = address;
   if (get("MASTER_PORT") != nullptr) process.port = number(get, "MASTER_PORT");

@@ -26,7 +26,7 @@ void agree_on_metrics(std::vector<LayerLoad>& loads, const Group& ranks) {
   for (size_t i = 0; i < loads.size(); ++i) {
     for (const auto& item : loads[i].load.metrics) own += std::to_string(i) + ' ' + item.first + '\n';
   }
-  const auto device = loads[0].load.rows.device();
+  const auto device = ranks.device();
   Tensor longest = at::full({1}, static_cast<int64_t>(own.size()), at::kLong).to(device);
   ranks.all_reduce_max(longest);
   own.resize(longest.item<int64_t>(), '\n');
@@ -38,7 +38,7 @@ void agree_on_metrics(std::vector<LayerLoad>& loads, const Group& ranks) {
     if (line.empty()) continue;
     BranchLoad& load = loads[std::stoull(line)].load;
     const std::string name = line.substr(line.find(' ') + 1);
-    load.metrics.try_emplace(name, at::zeros({}, device));
+    load.metrics.try_emplace(name, at::zeros({}, load.rows.options().dtype(at::kFloat)));
     load.metric_calls.try_emplace(name, 0);
   }
 }
@@ -81,7 +81,7 @@ void sum_loads(std::vector<LayerLoad>& loads, std::vector<double*> numbers, cons
     }
   }
   std::vector<Tensor> flat;
-  const auto device = loads.empty() ? at::Device(at::kCPU) : loads[0].load.rows.device();
+  const auto device = ranks.device();
   for (const double* number : numbers) flat.push_back(at::full({1}, *number, at::kDouble).to(device));
   for (const Tensor* tensor : tensors) flat.push_back(tensor->to(device, at::kDouble).reshape(-1));
   Tensor sum = at::cat(flat);
@@ -89,7 +89,7 @@ void sum_loads(std::vector<LayerLoad>& loads, std::vector<double*> numbers, cons
   int64_t at = 0;
   for (double* number : numbers) *number = sum[at++].item<double>();
   for (Tensor* tensor : tensors) {
-    *tensor = sum.narrow(0, at, tensor->numel()).view(tensor->sizes()).to(tensor->scalar_type());
+    *tensor = sum.narrow(0, at, tensor->numel()).view(tensor->sizes()).to(tensor->options());
     at += tensor->numel();
   }
 }
@@ -99,6 +99,7 @@ std::optional<LanguageLoss> language_loss(Transformer& model, const EvalBatches&
                                           const std::function<bool(int64_t done)>& go_on) {
   const torch::NoGradGuard no_grad;
   const Group& data = model->mesh().data;
+  const auto device = model->parameters().at(0).device();
   const bool was_training = model->is_training();
   model->eval();
   LanguageLoss result;
@@ -111,8 +112,9 @@ std::optional<LanguageLoss> language_loss(Transformer& model, const EvalBatches&
     // A rank for which no batch is left has no rows, and its part in what the others do together.
     const int64_t own = turn + data.rank();
     const Batch batch = own < batches.size() ? batches.at(own) : no_rows();
+    const Tensor padding = batch.padding.defined() ? batch.padding.to(device) : batch.padding;
     const LossOutput out = model->loss(batch.tokens.flatten(), batch.targets.flatten(),
-                                       {.offsets = batch.offsets, .padding = batch.padding});
+                                       {.offsets = batch.offsets, .padding = padding});
     nats += out.nll.sum(at::kDouble).item<double>();
     tokens += (batch.targets >= 0).sum().item<double>();
     bytes += static_cast<double>(target_bytes(batch, token_bytes));

@@ -112,6 +112,8 @@ void Trainer::Run::find_norm(const std::vector<MicroBatch>& micro_batches,
   const std::string step = "step " + std::to_string(state_.step + 1) + ": ";
   try {
     grad_norm_ = optimizer_->grad_norm();
+  } catch (const CommError&) {
+    throw;
   } catch (const Error& error) {
     const auto bad = std::find_if(losses.begin(), losses.end(),
                                   [](const Tensor& loss) { return !std::isfinite(loss.item<double>()); });

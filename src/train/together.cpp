@@ -45,7 +45,12 @@ std::vector<std::string> together(const Group& ranks, const std::function<std::s
     text = kError + std::string(error.what());
     text.resize(std::min(text.size(), text.find('\n')));
   }
-  std::vector<std::string> texts = gather(ranks, text);
+  std::vector<std::string> texts;
+  try {
+    texts = gather(ranks, text);
+  } catch (const std::exception&) {
+    if (!own) throw;
+  }
   if (own) std::rethrow_exception(own);
   for (std::string& other : texts) {
     const char kind = other[0];

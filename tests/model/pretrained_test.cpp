@@ -123,7 +123,9 @@ TEST_F(Pretrained, NoncausalModelsSaySo) {
     const fs::path dir = folder_of(router);
     EXPECT_EQ(json::parse(read_text(dir / "config.json"))["noncausal"], true);
     EXPECT_TRUE(load_pretrained(dir)->noncausal());
-    write_word(dir, nullptr);
+    write_word(dir, nullptr);  // of a writer that does not know the word
+    EXPECT_TRUE(load_pretrained(dir)->noncausal());
+    write_word(dir, false);
     expect_load_fails(dir, {"config.json: noncausal", "expected true"});
   }
   for (const RouterConfig& router : {RouterConfig{.capacity_factor = 0.5},

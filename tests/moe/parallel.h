@@ -221,6 +221,7 @@ inline void expect_same(const Case& c, const Reference& whole, const Mesh& mesh)
       item.value().copy_(part_of(whole.initial, item.key(), c.config, mesh));
     for (auto& item : moe->named_buffers()) item.value().copy_(whole.initial_buffers.at(item.key()));
   }
+  mesh.world.barrier();  // no rank still draws its weights while another's router draws
   const int64_t rank = mesh.data.rank();
   router_seed = rank;
   for (int64_t step = 0; step < c.steps; ++step) {

@@ -331,7 +331,7 @@ TEST_F(ParallelTest, ARunGoesOnAtAnyMeshAndAtItsOwnBitForBit) {  // law 8
   config.optimizer.shard = true;
   const MeshConfig mesh{.dp = 2, .ep = 2};
   train(config, mesh);
-  for (const MeshConfig& other : with_dp({mesh, {.dp = 4}, {.tp = 2}, {}})) {
+  for (const MeshConfig& other : with_dp({mesh, {.dp = 4}, {.ep = 4}, {.tp = 2}, {}})) {
     config.name = "then " + name_of(other);
     config.steps = 3;
     config.optimizer.shard = true;

@@ -8,11 +8,18 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "hymoe/config/error.h"
+
 namespace hymoe {
 
 using at::Tensor;
 
 struct Communicator;
+
+/// A collective failed: a rank is gone, or did not answer in time.
+struct CommError : Error {
+  using Error::Error;
+};
 
 /// What a rank has handed to one kind of collective so far: calls, and bytes of their tensors (the larger of
 /// what goes in and what comes out).
@@ -24,7 +31,7 @@ struct Traffic {
 class Pending {
  public:
   Pending() = default;
-  /// Returns when the result is there; at once if nothing is under way. Throws Error as Group does.
+  /// Returns when the result is there; at once if nothing is under way. Throws CommError as Group does.
   void wait();
 
  private:
@@ -35,13 +42,15 @@ class Pending {
 
 /// The processes that take part in a collective, as a value; default-constructed it is this process alone,
 /// and every collective of a group of one leaves its tensor as it is. All ranks of a group make the same
-/// calls in the same order. When a rank fails to answer, the others' calls throw Error with rank, operation,
-/// sizes, the place that a Where names, and, where it can be told, the rank that is silent.
+/// calls in the same order. When a rank fails to answer, the others' calls throw CommError with rank,
+/// operation, sizes, the place that a Where names, and, where it can be told, the rank that is silent.
 class Group {
  public:
   Group() = default;
   explicit Group(std::shared_ptr<const Communicator> communicator);
 
+  /// Where the tensors of its collectives lie: with NCCL this rank's GPU, else the CPU.
+  at::Device device() const;
   int64_t rank() const { return rank_; }
   int64_t size() const { return size_; }
 
