@@ -15,7 +15,7 @@ namespace {
 std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
 
 int fail(const std::string& text) {
-  std::cerr << "hymoe: " << first_line(text) << std::endl;
+  std::cerr << "hymoe: " + first_line(text) + "\n";  // one write: other ranks may have something to say too
   return 1;
 }
 

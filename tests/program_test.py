@@ -200,7 +200,7 @@ class Program(Workspace):
         config["model"]["moe"]["branches"][1]["router"]["allow_noncausal"] = True
         write(path + "/config.json", config)
         self.assertTrue(self.ok(*call).startswith("fn add"))
-        del config["noncausal"]
+        config["noncausal"] = False
         write(path + "/config.json", config)
         self.assertIn("config.json: noncausal: expected true", self.error(*call))
 
