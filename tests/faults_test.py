@@ -31,6 +31,8 @@ def ranks_of(launcher):
         except OSError:  # it has ended
             return False
 
+    if launcher.poll() is not None:
+        return []
     children = open(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read().split()
     return [int(child) for child in children if is_rank(child)]
 
@@ -41,24 +43,26 @@ class Faults(Workspace):
             self.skipTest("torchrun is not there: run this with the Python of LibTorch's environment")
         self.finish(self.torchrun(2, "train", *SETTINGS, "name=unbroken"))
         rng = random.Random(1)
-        launcher = None
         errors = open("errors.txt", "w+")
-        for kill in range(KILLS):
-            if launcher is None:
-                # Slowed by nothing but its size, a run ends within seconds: it is begun anew as often as needed.
-                launcher = self.start(errors)
+        launcher, kills = self.start(errors), 0
+        while kills < KILLS:
             time.sleep(rng.uniform(0.2, 1.5))
             ranks = ranks_of(launcher)
             while len(ranks) < 2 and launcher.poll() is None:
                 time.sleep(0.05)
                 ranks = ranks_of(launcher)
             if launcher.poll() is not None:
+                # It has ended before a kill: begun anew, with work to lose.
                 self.assertEqual(launcher.returncode, 0, open("errors.txt").read())
                 self.take_back()
                 launcher = self.start(errors)
                 continue
-            victim, number = rng.choice(ranks), signal.SIGSTOP if kill % 3 == 2 else signal.SIGKILL
-            os.kill(victim, number)
+            victim, number = rng.choice(ranks), signal.SIGSTOP if kills % 3 == 2 else signal.SIGKILL
+            try:
+                os.kill(victim, number)
+            except ProcessLookupError:  # it has just ended
+                continue
+            kills += 1
             # The launcher notices, ends the others and starts all anew: none of the old ranks is left.
             deadline = time.time() + 120
             while any(rank in ranks_of(launcher) for rank in ranks) and time.time() < deadline:
@@ -76,7 +80,7 @@ class Faults(Workspace):
                                  "train", *SETTINGS, "name=killed"], stdout=subprocess.DEVNULL, stderr=errors)
 
     def take_back(self):
-        """A run that has ended loses its last checkpoint, so that there is work to lose."""
+        """A run that has ended loses all but its oldest checkpoint."""
         kept = sorted(d for d in os.listdir("runs/killed") if re.fullmatch(r"step-\d+", d))
         program_test.write("runs/killed/latest", kept[0] + "\n")
         for name in kept[1:]:
