@@ -59,26 +59,6 @@ struct Work {
   }
 };
 
-// Medians of steps of several kinds, in turns, each until the slowest rank has done it: what is left of the
-// difference between steps with and without sums is then the sums' own.
-std::vector<double> medians(const Group& ranks, int64_t steps,
-                            const std::vector<std::function<void()>>& kinds) {
-  std::vector<std::vector<double>> seconds(kinds.size());
-  for (int64_t i = 0; i <= steps; ++i) {
-    for (size_t k = 0; k < kinds.size(); ++k) {
-      ranks.barrier();
-      const double time = measure::seconds_of([&] {
-        kinds[k]();
-        ranks.barrier();
-      });
-      if (i > 0) seconds[k].push_back(time);
-    }
-  }
-  std::vector<double> result;
-  for (const auto& times : seconds) result.push_back(measure::median(times));
-  return result;
-}
-
 void print(const char* name, const Process& process, const Sizes& sizes, const std::vector<double>& seconds) {
   if (process.rank != 0) return;
   nlohmann::ordered_json row{{"impl", name},

@@ -61,20 +61,9 @@ int run_rank(const Sizes& sizes) {
         dispatcher.combine(dispatched.rows, dispatched);
       },
   };
-  std::vector<std::vector<double>> seconds(kinds.size());
-  for (int64_t round = 0; round <= sizes.rounds; ++round) {
-    for (size_t k = 0; k < kinds.size(); ++k) {
-      group.barrier();
-      const double time = measure::seconds_of([&] {
-        kinds[k]();
-        group.barrier();
-      });
-      if (round > 0) seconds[k].push_back(time);
-    }
-  }
+  const std::vector<double> seconds = medians(group, sizes.rounds, kinds);
   if (process.rank != 0) return 0;
-  const double gloo = measure::median(seconds[0]), exchange = measure::median(seconds[1]);
-  const double all = measure::median(seconds[2]);
+  const double gloo = seconds[0], exchange = seconds[1], all = seconds[2];
   std::cout << nlohmann::ordered_json{{"ranks", sizes.ranks},
                                       {"rows", sizes.rows},
                                       {"dim", sizes.dim},

@@ -13,23 +13,14 @@
 #include "hymoe/config/error.h"
 #include "hymoe/io/file.h"
 #include "hymoe/model/sharding.h"
+#include "io/names.h"
 
 namespace hymoe {
 namespace {
 
 constexpr int64_t kMaxShardBytes = int64_t{5} << 30;
-constexpr size_t kNamesInAnError = 5;
 
 using Names = std::vector<std::string>;
-
-// "; 7 tensors missing: a, b, c, d, e and 2 more"
-void append_names(std::string& text, const Names& names, const std::string& what) {
-  if (names.empty()) return;
-  text += (text.empty() ? "" : "; ") + std::to_string(names.size()) + " " + what + ": ";
-  for (size_t i = 0; i < names.size() && i < kNamesInAnError; ++i) text += (i == 0 ? "" : ", ") + names[i];
-  if (names.size() > kNamesInAnError)
-    text += " and " + std::to_string(names.size() - kNamesInAnError) + " more";
-}
 
 template <typename... Parts>
 std::string to_text(const Parts&... parts) {

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "hymoe/config/error.h"
+#include "io/names.h"
 
 namespace hymoe {
 namespace {
@@ -44,17 +45,6 @@ void check(const Given& given) {
     throw Error(tensor.name + ": " + std::to_string(count - numel) + of + "more than one rank");
   if (positions != Given::sum_below(numel))
     throw Error(tensor.name + ": some" + of + "more than one rank, and others by none");
-}
-
-// "; 7 tensors missing: a, b, c, d, e and 2 more"
-void append_names(std::string& text, const std::set<std::string>& names, const std::string& what) {
-  constexpr size_t kNamesInAnError = 5;
-  if (names.empty()) return;
-  text += (text.empty() ? "" : "; ") + std::to_string(names.size()) + " " + what + ": ";
-  size_t i = 0;
-  for (auto name = names.begin(); name != names.end() && i < kNamesInAnError; ++name, ++i)
-    text += (i == 0 ? "" : ", ") + *name;
-  if (names.size() > i) text += " and " + std::to_string(names.size() - i) + " more";
 }
 
 }  // namespace
