@@ -1,7 +1,7 @@
 # One object library a room, each seeing only the rooms below it; libhymoe is all of them together.
 # docs/architecture.md says what each room is for; tests/include_direction_test.py holds the sources to it.
 add_library(hymoe_flags INTERFACE)
-target_include_directories(hymoe_flags INTERFACE "${CMAKE_CURRENT_SOURCE_DIR}/include" "${CMAKE_CURRENT_SOURCE_DIR}/src")
+target_include_directories(hymoe_flags INTERFACE "${CMAKE_CURRENT_SOURCE_DIR}" "${CMAKE_CURRENT_SOURCE_DIR}/include" "${CMAKE_CURRENT_SOURCE_DIR}/src")
 # -fPIC for programs too (after the -fPIE that CMake gives them): the precompiled header serves libraries and tests alike.
 target_compile_options(hymoe_flags INTERFACE -fPIC -Wall -Wextra -fno-math-errno
   $<$<CXX_COMPILER_ID:GNU>:-Wno-restrict;-Wno-stringop-overflow>)  # GCC 12 sees both in "text" + std::string(...)
@@ -55,11 +55,48 @@ else()
   hymoe_engine(nccl FALSE)
 endif()
 
+# The kernels want nvcc, which CMake before 4 does not know in its newest form: it is called by name.
+find_program(HYMOE_NVCC nvcc HINTS ${CUDAToolkit_ROOT} ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
+find_library(cudart_LIBRARY NAMES libcudart.so.13 cudart libcudart.so.12 HINTS "${wheels}/cu13/lib" "${wheels}/cuda_runtime/lib" "${cuda_INCLUDE_DIR}/../lib64")
+set(HYMOE_CUDA_ARCHITECTURES "80;90a;100" CACHE STRING "GPU generations that kernels/ is compiled for")
+mark_as_advanced(HYMOE_NVCC cudart_LIBRARY)
+set(kernel_objects)
+if(LibTorch_CUDA AND HYMOE_NVCC AND cuda_INCLUDE_DIR AND cudart_LIBRARY)
+  set(device cuda)
+  set(generations)
+  foreach(architecture IN LISTS HYMOE_CUDA_ARCHITECTURES)
+    list(APPEND generations -gencode "arch=compute_${architecture},code=sm_${architecture}")
+  endforeach()
+  file(GLOB kernels CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/kernels/*.cu")
+  foreach(kernel IN LISTS kernels)
+    get_filename_component(name "${kernel}" NAME_WE)
+    set(object "${CMAKE_CURRENT_BINARY_DIR}/kernels/${name}.o")
+    add_custom_command(OUTPUT "${object}" DEPENDS "${kernel}" DEPFILE "${object}.d" VERBATIM
+      COMMAND "${HYMOE_NVCC}" -std=c++20 -O3 -I "${CMAKE_CURRENT_SOURCE_DIR}" ${generations} -Xcompiler -fPIC,-Wall,-Wextra
+        -MD -MF "${object}.d" -c "${kernel}" -o "${object}")
+    list(APPEND kernel_objects "${object}")
+  endforeach()
+  file(MAKE_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/kernels")
+  target_link_libraries(hymoe_flags INTERFACE "${cudart_LIBRARY}")
+else()
+  if(LibTorch_CUDA)
+    message(STATUS "Kernels: nvcc or CUDA's headers not found, so GPUs run on LibTorch's own operations")
+  endif()
+  set(device no_cuda)
+endif()
+
+# Apart from the other objects of ops, because tests put an emulation there.
+set(device_sources "${CMAKE_CURRENT_SOURCE_DIR}/src/ops/cuda.cpp" "${CMAKE_CURRENT_SOURCE_DIR}/src/ops/no_cuda.cpp")
+add_library(hymoe_device OBJECT "src/ops/${device}.cpp")
+target_link_libraries(hymoe_device PRIVATE hymoe_flags)
+target_include_directories(hymoe_device SYSTEM PRIVATE $<$<STREQUAL:${device},cuda>:${cuda_INCLUDE_DIR}>)
+target_precompile_headers(hymoe_device REUSE_FROM hymoe_pch_torch)
+
 set(HYMOE_ROOMS)
 function(hymoe_room room)
   cmake_parse_arguments(ARG "" "" "BELOW" ${ARGN})
   file(GLOB sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/src/${room}/*.cpp")
-  list(REMOVE_ITEM sources ${HYMOE_NOT_BUILT})
+  list(REMOVE_ITEM sources ${HYMOE_NOT_BUILT} ${device_sources})
   set(below ${ARG_BELOW})
   foreach(b IN LISTS ARG_BELOW)
     list(APPEND below ${HYMOE_BELOW_${b}})
@@ -88,7 +125,7 @@ hymoe_room(growth BELOW model)
 hymoe_room(train BELOW model)
 hymoe_room(testing BELOW model)
 
-set(objects)
+set(objects $<TARGET_OBJECTS:hymoe_device> ${kernel_objects})
 foreach(room IN LISTS HYMOE_ROOMS)
   list(APPEND objects $<TARGET_OBJECTS:hymoe_${room}>)
 endforeach()

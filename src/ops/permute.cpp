@@ -9,7 +9,9 @@
 #include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
+#include "kernels/permute.h"
 #include "ops/cpu.h"
+#include "ops/device.h"
 
 namespace hymoe::ops {
 namespace {
@@ -48,6 +50,20 @@ Tensor gather_sum(const Tensor& rows, const Tensor& weights, const Tensor& slot_
                   const Tensor& base_weight) {
   const int64_t slots = slot_row.size(1), dim = rows.size(1);
   Tensor y = cpu::empty({slot_row.size(0), dim}, rows.options());
+  if (device::takes(rows)) {
+    kernels::gather_sum({.rows = device::address(rows),
+                         .weights = device::address(weights),
+                         .slot_row = device::data<int64_t>(slot_row),
+                         .base = device::address(base),
+                         .base_weight = device::address(base_weight),
+                         .y = device::address(y),
+                         .num_rows = y.size(0),
+                         .slots = slots,
+                         .dim = dim,
+                         .dtype = device::dtype(rows)},
+                        device::stream(rows));
+    return y;
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "unpermute", [&] {
     using A = cpu::Accumulate<scalar_t>;
     const scalar_t *from = rows.const_data_ptr<scalar_t>(), *first = data_or_null<scalar_t>(base);
@@ -71,6 +87,16 @@ Tensor gather_sum(const Tensor& rows, const Tensor& weights, const Tensor& slot_
 
 Tensor gather_rows(const Tensor& x, const Tensor& source_row) {
   Tensor rows = cpu::empty({source_row.size(0), x.size(1)}, x.options());
+  if (device::takes(x)) {
+    kernels::gather_rows({.x = device::address(x),
+                          .source_row = device::data<int64_t>(source_row),
+                          .rows = device::address(rows),
+                          .num_rows = rows.size(0),
+                          .dim = rows.size(1),
+                          .dtype = device::dtype(x)},
+                         device::stream(x));
+    return rows;
+  }
   const size_t width = x.size(1) * x.element_size();
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(rows.mutable_data_ptr());
@@ -101,6 +127,26 @@ struct UnpermuteGradients {
 
 // d_rows[slot] = weights·dy, d_weights = <dy, rows[slot]>, d_base = base_weight·dy, d_base_weight = <dy,
 // base>.
+void unpermute_backward_on_device(const Tensor& dy, const Tensor& rows, const Tensor& weights,
+                                  const Tensor& slot_row, const Tensor& base, const Tensor& base_weight,
+                                  const UnpermuteGradients& out) {
+  kernels::gather_sum_backward({.dy = device::address(dy),
+                                .rows = device::address(rows),
+                                .weights = device::address(weights),
+                                .slot_row = device::data<int64_t>(slot_row),
+                                .base = device::address(base),
+                                .base_weight = device::address(base_weight),
+                                .d_rows = device::address(out.rows),
+                                .d_weights = device::address(out.weights),
+                                .d_base = device::address(out.base),
+                                .d_base_weight = device::address(out.base_weight),
+                                .num_rows = dy.size(0),
+                                .slots = slot_row.size(1),
+                                .dim = dy.size(1),
+                                .dtype = device::dtype(dy)},
+                               device::stream(dy));
+}
+
 template <class T>
 void unpermute_backward(const Tensor& dy, const Tensor& rows, const Tensor& weights, const Tensor& slot_row,
                         const Tensor& base, const Tensor& base_weight, UnpermuteGradients& out) {
@@ -151,6 +197,10 @@ struct Unpermute : Function<Unpermute> {
       wanted[i] = i == 2 && !base_weight.defined() ? dy : cpu::empty(saved[i].sizes(), saved[i].options());
     }
     UnpermuteGradients out{wanted[0], wanted[1], base_weight.defined() ? wanted[2] : Tensor(), wanted[3]};
+    if (device::takes(dy)) {
+      unpermute_backward_on_device(dy, rows, weights, saved[4], base, base_weight, out);
+      return {wanted[0], wanted[1], wanted[2], wanted[3], {}};
+    }
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "unpermute", [&] {
       unpermute_backward<scalar_t>(dy, rows, weights, saved[4], base, base_weight, out);
     });
@@ -210,14 +260,14 @@ Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts) {
 Tensor permute(const Tensor& x, const Permutation& permutation) {
   TORCH_CHECK(x.dim() == 2 && x.size(0) == permutation.slot_row.size(0), "permute: x must be [",
               permutation.slot_row.size(0), ", D], got ", x.sizes());
-  if (!x.is_cpu()) return x.index_select(0, permutation.source_row);
+  if (!device::fused(x)) return x.index_select(0, permutation.source_row);
   return Permute::apply(x.contiguous(), permutation.source_row, permutation.slot_row);
 }
 
 Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
                  const Tensor& base, const Tensor& base_weight) {
   check_unpermute(rows, weights, permutation, base, base_weight);
-  if (!rows.is_cpu()) return plain::unpermute(rows, weights, permutation, base, base_weight);
+  if (!device::fused(rows)) return plain::unpermute(rows, weights, permutation, base, base_weight);
   const auto type = accumulate_type(rows);
   const auto prepared = [](const Tensor& x, at::ScalarType t) {
     return x.defined() ? std::optional<Tensor>(x.to(t).contiguous()) : std::nullopt;

@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cstdint>
+
+/// Types that launchers share. A launcher is one function of a struct of addresses and sizes, `void
+/// gather_rows(const GatherRows&, Stream)`: it chooses block and grid, puts the work on the stream and
+/// returns. Addresses are of the GPU's memory, tensors contiguous; addresses that may be nullptr say so.
+/// Launchers throw std::runtime_error with CUDA's words.
+namespace hymoe::kernels {
+
+enum class DType : int { kFloat32, kFloat16, kBFloat16, kFloat64 };
+
+/// A cudaStream_t.
+using Stream = void*;
+
+}  // namespace hymoe::kernels

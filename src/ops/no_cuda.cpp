@@ -1,0 +1,23 @@
+#include <torch/types.h>
+
+#include "kernels/permute.h"
+#include "ops/device.h"
+
+// A build without the kernels of kernels/: no operation gets to them, since takes() is false.
+namespace hymoe::ops::device {
+
+bool takes(const Tensor&) { return false; }
+
+kernels::Stream stream(const Tensor&) { TORCH_CHECK(false, "this build has no CUDA kernels"); }
+
+void* address(const Tensor&) { TORCH_CHECK(false, "this build has no CUDA kernels"); }
+
+}  // namespace hymoe::ops::device
+
+namespace hymoe::kernels {
+
+void gather_rows(const GatherRows&, Stream) {}
+void gather_sum(const GatherSum&, Stream) {}
+void gather_sum_backward(const GatherSumBackward&, Stream) {}
+
+}  // namespace hymoe::kernels

@@ -1,0 +1,33 @@
+#include "emulation/ops_device.h"
+
+#include <utility>
+
+#include "emulation/emulation.h"
+#include "ops/device.h"
+
+namespace hymoe::emulation {
+namespace {
+bool emulating = false;
+}
+
+Emulate::Emulate(bool on) : before_(std::exchange(emulating, on)) {}
+Emulate::~Emulate() { emulating = before_; }
+
+}  // namespace hymoe::emulation
+
+namespace hymoe::ops::device {
+
+bool takes(const Tensor& x) { return emulation::emulating && x.is_cpu(); }
+
+kernels::Stream stream(const Tensor&) { return nullptr; }
+
+void* address(const Tensor& x) {
+  if (!x.defined()) return nullptr;
+  TORCH_CHECK(x.is_contiguous(), "a kernel wants contiguous tensors, got sizes ", x.sizes(), ", strides ",
+              x.strides());
+  auto* data = const_cast<void*>(x.const_data_ptr());
+  emulation::register_memory(data, x.nbytes());
+  return data;
+}
+
+}  // namespace hymoe::ops::device
