@@ -10,7 +10,8 @@ usage: scripts/setup.sh [--tests | --no-tests] [--no-build]
 Installs what hymoe needs and builds it:
   1. distribution packages that are missing, in one apt-get call (as root or with sudo)
   2. a Python environment in .venv with the versions in scripts/requirements.txt; LibTorch comes from its torch
-  3. a CMake + Ninja build in build/, through ccache and mold where they are there
+  3. with --tests, where there is no CUDA toolkit: its compiler, nvcc, in .cache/nvcc (scripts/requirements-nvcc.txt)
+  4. a CMake + Ninja build in build/, through ccache and mold where they are there
 A second run does only what has changed since the first.
 
   --tests      also install what the tests need (scripts/requirements-test.txt) and build the tests
@@ -170,9 +171,24 @@ if [[ -f $torch/lib/libtorch_cuda.so ]]; then
 else
   echo "  LibTorch $version for the CPU: its wheel holds no libtorch_cuda"
 fi
+
+# 3. nvcc: the tests compile the kernels for GPUs, whether there is one or not -------------------------------------------
+make_nvcc() {
+  "$python" -m venv --clear .cache/nvcc
+  .cache/nvcc/bin/python -m pip --disable-pip-version-check --no-input install -r scripts/requirements-nvcc.txt
+}
+if [[ $tests == ON ]]; then
+  if command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]] ||
+    stamped .cache/nvcc/.hymoe-requirements "$(<scripts/requirements-nvcc.txt)"; then
+    same "nvcc"
+  else
+    step "pip install nvcc" make_nvcc
+    cp scripts/requirements-nvcc.txt .cache/nvcc/.hymoe-requirements
+  fi
+fi
 if [[ -z $build ]]; then exit 0; fi
 
-# 3. Build -----------------------------------------------------------------------------------------------------------
+# 4. Build -----------------------------------------------------------------------------------------------------------
 options=(
   -G Ninja -DCMAKE_BUILD_TYPE=Release "-DHYMOE_TESTS=$tests"
   # Anew each time, so that a build folder follows the environment when that moves.

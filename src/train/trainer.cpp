@@ -48,9 +48,13 @@ TrainConfig load_train_config(const std::filesystem::path& path, const std::vect
 }
 
 at::Device training_device(const TrainConfig& config) {
-  const bool cuda = at::globalContext().hasCUDA() && at::detail::getCUDAHooks().deviceCount() > 0;
-  if (config.device == "cuda" && !cuda)
-    throw ConfigError("device", "cuda was asked for, but torch finds no CUDA device");
+  const bool built = at::globalContext().hasCUDA();
+  const bool cuda = built && at::detail::getCUDAHooks().deviceCount() > 0;
+  if (config.device == "cuda" && !cuda) {
+    throw ConfigError("device", std::string("cuda was asked for, but ") +
+                                    (built ? "the machine shows no GPU with a working driver (nvidia-smi)"
+                                           : "the LibTorch of this build has no CUDA half"));
+  }
   if (config.device == "cpu" || !cuda) return at::kCPU;
   return {at::kCUDA, at::accelerator::getDeviceIndex()};
 }

@@ -8,6 +8,7 @@
 #include <exception>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <sstream>
@@ -39,6 +40,7 @@ struct Thread {
 std::map<const std::byte*, Range> memory;  // by end
 std::map<std::string, int64_t> launch_counts;
 Order order = Order::kForward;
+std::recursive_mutex mutex;  // ranks of a test are threads
 int64_t blocks_run = 0;
 
 bool same_place(const std::source_location& a, const std::source_location& b) {
@@ -199,6 +201,7 @@ void run_block(const std::vector<int64_t>& order_of_threads) {
 
 void register_memory(const void* address, size_t bytes) {
   if (bytes == 0) return;
+  const std::lock_guard lock(mutex);
   const Range range{static_cast<const std::byte*>(address), static_cast<const std::byte*>(address) + bytes};
   auto it = memory.upper_bound(range.begin);
   while (it != memory.end() && it->second.begin < range.end) it = memory.erase(it);
@@ -206,6 +209,7 @@ void register_memory(const void* address, size_t bytes) {
 }
 
 Range range_of(const void* address) {
+  const std::lock_guard lock(mutex);
   const auto* byte = static_cast<const std::byte*>(address);
   const auto it = memory.upper_bound(byte);
   if (byte == nullptr || it == memory.end() || byte < it->second.begin) return {};
@@ -234,6 +238,7 @@ int64_t launches(const std::string& name) { return launch_counts[name]; }
 
 void run(const char* name, int64_t blocks, int threads, const std::function<void()>& thread) {
   if (blocks == 0) return;
+  const std::lock_guard lock(mutex);
   block.kernel = name;
   block.running = -1;
   if (blocks < 0 || blocks > 0x7fffffff)
