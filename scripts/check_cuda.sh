@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the library and the program with the CUDA half of LibTorch, NCCL's engine included, and runs the program; no GPU is
-# needed. Wants what scripts/setup.sh installs and the headers of a CUDA toolkit (CUDA_HOME, /usr/local/cuda); the CUDA
+# Builds library, program, tests and benchmarks with the CUDA half of LibTorch, NCCL's engine and the kernels included, and
+# runs the program; no GPU is needed. Wants what scripts/setup.sh installs and the headers of a CUDA toolkit (CUDA_HOME, /usr/local/cuda); the CUDA
 # build of LibTorch, 5 GB, goes into .cache/cuda unless HYMOE_CUDA_VENV names an environment that has one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,7 +21,7 @@ launcher=()
 if command -v ccache >/dev/null; then
   launcher=("-DCMAKE_CXX_COMPILER_LAUNCHER=cmake;-E;env;CCACHE_SLOPPINESS=pch_defines,time_macros;ccache" -DCMAKE_CXX_FLAGS=-fpch-preprocess)
 fi
-cmake -S . -B build-cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DHYMOE_CUDA=ON -DHYMOE_TESTS=OFF -U 'LibTorch_*' "-DCMAKE_PREFIX_PATH=$prefix" \
+cmake -S . -B build-cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DHYMOE_CUDA=ON -DHYMOE_TESTS=ON -U 'LibTorch_*' "-DCMAKE_PREFIX_PATH=$prefix" \
   -DCMAKE_COMPILE_WARNING_AS_ERROR=ON "${launcher[@]}" >"$log"
 cmake --build build-cuda >>"$log" || { tail -n 30 "$log" >&2 && exit 1; }
 
@@ -29,5 +29,15 @@ if grep -q 'no_nccl' build-cuda/build.ninja; then
   echo 'check_cuda: NCCL was left out; are the headers of a CUDA toolkit there (CUDA_HOME)?' >&2
   exit 1
 fi
+for object in kernels/permute.o tests/ops_test_gpu; do
+  if [[ ! -f build-cuda/$object ]]; then
+    echo "check_cuda: $object was left out; is nvcc there (CUDA_HOME)?" >&2
+    exit 1
+  fi
+done
 build-cuda/apps/hymoe --version
+if ! nvidia-smi -L >/dev/null 2>&1; then
+  said=$(build-cuda/apps/hymoe train configs/quickstart.yaml device=cuda model.vocab_size=1000 init= 2>&1 || true)
+  [[ $said == "hymoe: "*"cuda was asked for, but the machine shows no GPU"* ]] || { echo "check_cuda: without a GPU it says: $said" >&2 && exit 1; }
+fi
 echo "check_cuda: built with CUDA and NCCL, and it runs"

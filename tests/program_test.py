@@ -316,6 +316,11 @@ class Program(Workspace):
         self.error("frobnicate", exit_code=2)
         self.error("score", exit_code=2)
 
+    @unittest.skipIf(os.path.exists("/dev/nvidia0"), "there is a GPU")
+    def test_a_machine_without_a_gpu_says_what_is_missing(self):
+        line = self.error("train", "dense.yaml", "device=cuda", "name=no-gpu")
+        self.assertRegex(line, "device: cuda was asked for, but (the machine shows no GPU|the LibTorch of this build has no CUDA)")
+
     def test_checkpoints_that_lie_are_refused(self):
         def spoiled(change):
             shutil.rmtree("spoiled", ignore_errors=True)
