@@ -1,6 +1,7 @@
 #include <torch/types.h>
 
 #include "kernels/permute.h"
+#include "kernels/swiglu.h"
 #include "ops/device.h"
 
 // A build without the kernels of kernels/: no operation gets to them, since takes() is false.
@@ -12,6 +13,8 @@ kernels::Stream stream(const Tensor&) { TORCH_CHECK(false, "this build has no CU
 
 void* address(const Tensor&) { TORCH_CHECK(false, "this build has no CUDA kernels"); }
 
+void* view_address(const Tensor& x) { return address(x); }
+
 }  // namespace hymoe::ops::device
 
 namespace hymoe::kernels {
@@ -19,5 +22,7 @@ namespace hymoe::kernels {
 void gather_rows(const GatherRows&, Stream) {}
 void gather_sum(const GatherSum&, Stream) {}
 void gather_sum_backward(const GatherSumBackward&, Stream) {}
+void swiglu(const Swiglu&, Stream) {}
+void swiglu_backward(const SwigluBackward&, Stream) {}
 
 }  // namespace hymoe::kernels

@@ -1,0 +1,62 @@
+#pragma once
+
+#include <cmath>
+
+#include <sys/mman.h>
+
+#include "ops/gradcheck.h"
+
+namespace hymoe::testing {
+
+/// Every element of `actual` is that of `exact` rounded to its type, of which exact's own error of `slack`
+/// (relative) may make the next.
+inline void expect_rounded(const Tensor& actual, const Tensor& exact, double slack = 1e-5,
+                           const std::string& what = "") {
+  ASSERT_EQ(actual.sizes(), exact.sizes()) << what;
+  if (actual.numel() == 0) return;
+  const bool half = actual.scalar_type() == at::kHalf;
+  const double unit = std::ldexp(1, actual.scalar_type() == at::kFloat ? -24 : half ? -11 : -8);
+  const Tensor a = actual.detach().to(at::kDouble), b = exact.detach().to(at::kDouble);
+  const Tensor allowed = b.abs() * (unit + slack) + (half ? std::ldexp(1, -25) : 1e-30) + slack * slack;
+  EXPECT_LE(((a - b).abs() - allowed).max().item<double>(), 0) << what;
+}
+
+/// Value and gradients of `op` for inputs of type T, which those of `reference` for the same inputs in fp32
+/// are rounded to.
+inline void expect_rounded(const Op& op, const Op& reference, const Tensors& inputs, double slack = 1e-5) {
+  Tensors exact;
+  for (const Tensor& x : inputs) {
+    exact.push_back(x.is_floating_point() ? x.detach().to(at::kFloat).set_requires_grad(x.requires_grad())
+                                          : x);
+  }
+  const Tensor y = reference(exact);
+  expect_rounded(op(inputs), y, slack, "value");
+  const Tensor cotangent = at::randn(y.sizes()).to(inputs[0].scalar_type());
+  const Tensors a = gradients(op, inputs, cotangent), b = gradients(reference, exact, cotangent);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (a[i].defined()) expect_rounded(a[i], b[i], slack, "gradient of input " + std::to_string(i));
+  }
+}
+
+/// `bytes` of zeros that take memory only where they are touched.
+class SparseMemory {
+ public:
+  explicit SparseMemory(size_t bytes)
+      : bytes_(bytes),
+        address_(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+                      0)) {
+    if (address_ == MAP_FAILED) throw std::bad_alloc();
+  }
+  SparseMemory(const SparseMemory&) = delete;
+  ~SparseMemory() { munmap(address_, bytes_); }
+
+  Tensor tensor(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type) const {
+    return at::from_blob(address_, sizes, strides, at::TensorOptions(type));
+  }
+
+ private:
+  size_t bytes_;
+  void* address_;
+};
+
+}  // namespace hymoe::testing
