@@ -1,6 +1,8 @@
 #include <torch/types.h>
 
+#include "kernels/norm.h"
 #include "kernels/permute.h"
+#include "kernels/rotary.h"
 #include "kernels/swiglu.h"
 #include "ops/device.h"
 
@@ -22,6 +24,10 @@ namespace hymoe::kernels {
 void gather_rows(const GatherRows&, Stream) {}
 void gather_sum(const GatherSum&, Stream) {}
 void gather_sum_backward(const GatherSumBackward&, Stream) {}
+void rms_norm(const RmsNorm&, Stream) {}
+void rms_norm_backward(const RmsNormBackward&, Stream) {}
+int64_t rms_norm_parts(int64_t, int64_t) { return 0; }
+void rotary(const Rotary&, Stream) {}
 void swiglu(const Swiglu&, Stream) {}
 void swiglu_backward(const SwigluBackward&, Stream) {}
 

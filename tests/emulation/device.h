@@ -261,3 +261,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
 }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+inline void sincospif(float x, float* sin, float* cos) {
+  *sin = static_cast<float>(std::sin(M_PI * x));
+  *cos = static_cast<float>(std::cos(M_PI * x));
+}
