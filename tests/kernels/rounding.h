@@ -1,6 +1,8 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <new>
 
 #include <sys/mman.h>
 
@@ -9,7 +11,7 @@
 namespace hymoe::testing {
 
 /// Every element of `actual` is that of `exact` rounded to its type, of which exact's own error of `slack`
-/// (relative; a hundredth of it absolute) may make the next.
+/// (relative; a hundredth of it of the largest magnitude, at least 1) may make the next.
 inline void expect_rounded(const Tensor& actual, const Tensor& exact, double slack = 1e-5,
                            const std::string& what = "") {
   ASSERT_EQ(actual.sizes(), exact.sizes()) << what;
@@ -17,7 +19,8 @@ inline void expect_rounded(const Tensor& actual, const Tensor& exact, double sla
   const bool half = actual.scalar_type() == at::kHalf;
   const double unit = std::ldexp(1, actual.scalar_type() == at::kFloat ? -24 : half ? -11 : -8);
   const Tensor a = actual.detach().to(at::kDouble), b = exact.detach().to(at::kDouble);
-  const Tensor allowed = b.abs() * (unit + slack) + (half ? std::ldexp(1, -25) : 1e-30) + slack / 100;
+  const double scale = std::max(1.0, b.abs().max().item<double>());
+  const Tensor allowed = b.abs() * (unit + slack) + (half ? std::ldexp(1, -25) : 1e-30) + slack / 100 * scale;
   EXPECT_LE(((a - b).abs() - allowed).max().item<double>(), 0) << what;
 }
 
