@@ -1,5 +1,6 @@
 #include <torch/types.h>
 
+#include "kernels/cross_entropy.h"
 #include "kernels/norm.h"
 #include "kernels/permute.h"
 #include "kernels/rotary.h"
@@ -24,6 +25,9 @@ namespace hymoe::kernels {
 void gather_rows(const GatherRows&, Stream) {}
 void gather_sum(const GatherSum&, Stream) {}
 void gather_sum_backward(const GatherSumBackward&, Stream) {}
+void loss_rows(const LossRows&, Stream) {}
+void loss_pieces(const LossPieces&, Stream) {}
+void loss_gradient(const LossGradient&, Stream) {}
 void rms_norm(const RmsNorm&, Stream) {}
 void rms_norm_backward(const RmsNormBackward&, Stream) {}
 int64_t rms_norm_parts(int64_t, int64_t) { return 0; }

@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <new>
-
-#include <sys/mman.h>
+#include <vector>
 
 #include "ops/gradcheck.h"
 
@@ -41,25 +39,15 @@ inline void expect_rounded(const Op& op, const Op& reference, const Tensors& inp
   }
 }
 
-/// `bytes` of zeros that take memory only where they are touched.
-class SparseMemory {
- public:
-  explicit SparseMemory(size_t bytes)
-      : bytes_(bytes),
-        address_(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
-                      0)) {
-    if (address_ == MAP_FAILED) throw std::bad_alloc();
-  }
-  SparseMemory(const SparseMemory&) = delete;
-  ~SparseMemory() { munmap(address_, bytes_); }
-
-  Tensor tensor(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type) const {
-    return at::from_blob(address_, sizes, strides, at::TensorOptions(type));
-  }
-
- private:
-  size_t bytes_;
-  void* address_;
-};
+/// Tensor of two rows whose elements lie more than 2^31 apart; the memory between them is never touched.
+inline Tensor far_apart(at::IntArrayRef sizes, at::IntArrayRef row_strides, at::ScalarType type) {
+  const int64_t step = (int64_t{1} << 31) + 64;
+  std::vector<int64_t> strides{step};
+  strides.insert(strides.end(), row_strides.begin(), row_strides.end());
+  Tensor x =
+      at::empty({step + sizes[1] * row_strides[0]}, at::TensorOptions(type)).as_strided(sizes, strides);
+  x.copy_(at::randn(sizes));
+  return x;
+}
 
 }  // namespace hymoe::testing
