@@ -1,5 +1,6 @@
 #include <torch/types.h>
 
+#include "kernels/adamw.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/norm.h"
 #include "kernels/permute.h"
@@ -25,6 +26,7 @@ namespace hymoe::kernels {
 void gather_rows(const GatherRows&, Stream) {}
 void gather_sum(const GatherSum&, Stream) {}
 void gather_sum_backward(const GatherSumBackward&, Stream) {}
+void adamw(const AdamW&, Stream) {}
 void loss_rows(const LossRows&, Stream) {}
 void loss_pieces(const LossPieces&, Stream) {}
 void loss_gradient(const LossGradient&, Stream) {}

@@ -1,5 +1,6 @@
 #include "emulation/emulation.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -28,7 +29,9 @@ enum class State { kReady, kAtBlockBarrier, kInWarp, kEnded };
 enum class Meeting { kBarrier, kShuffle, kBallot };
 
 struct Thread {
-  ucontext_t context = {};
+  ucontext_t context = {};  // to begin; from then on `place`, without the system calls of contexts
+  jmp_buf place = {};
+  bool begun = false;
   std::unique_ptr<std::byte[]> stack = std::make_unique<std::byte[]>(kStack);
   State state = State::kReady;
   std::source_location at;
@@ -65,7 +68,7 @@ struct Block {
   std::vector<Thread> threads;  // kept for their stacks
   int size = 0, running = -1;
   int64_t epoch = 0;  // block barriers passed
-  ucontext_t scheduler = {};
+  jmp_buf scheduler = {};
   std::exception_ptr error;
 } block;
 
@@ -85,21 +88,24 @@ void thread_main() {
   }
   Thread& self = block.threads[block.running];
   self.state = State::kEnded;
-  swapcontext(&self.context, &block.scheduler);
+  _longjmp(block.scheduler, 1);
 }
 
 void yield(State state, const std::source_location& at) {
   Thread& self = block.threads[block.running];
   self.state = state;
   self.at = at;
-  swapcontext(&self.context, &block.scheduler);
+  if (_setjmp(self.place) == 0) _longjmp(block.scheduler, 1);
 }
 
 void resume(int index) {
   Thread& thread = block.threads[index];
   block.running = index;
   threadIdx = {static_cast<unsigned>(index), 0, 0};
-  swapcontext(&block.scheduler, &thread.context);
+  if (_setjmp(block.scheduler) == 0) {
+    if (std::exchange(thread.begun, true)) _longjmp(thread.place, 1);
+    setcontext(&thread.context);
+  }
   block.running = -1;
   if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
 }
@@ -194,6 +200,7 @@ void run_block(const std::vector<int64_t>& order_of_threads) {
   for (int i = 0; i < block.size; ++i) {
     Thread& thread = block.threads[i];
     thread.state = State::kReady;
+    thread.begun = false;
     thread.time = 1;
     thread.seen = {};
     getcontext(&thread.context);
