@@ -145,4 +145,23 @@ __device__ __forceinline__ int64_t row_of_warp() {
 }
 __device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x % kWarp); }
 
+/// Folds each of x over the threads of the block, in one order on all of them. All threads call it.
+template <int K, class A, class F>
+__device__ __forceinline__ void block_fold(A (&x)[K], const F& fold) {
+  HYMOE_SHARED(A, of_warps, K * kWarp);
+  for (int k = 0; k < K; ++k) {
+    for (int lane = kWarp / 2; lane > 0; lane /= 2) x[k] = fold(x[k], __shfl_xor_sync(kAllLanes, x[k], lane));
+  }
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+  __syncthreads();  // an earlier fold may still be read
+  for (int k = 0; k < K; ++k) {
+    if (lane_of_warp() == 0) of_warps[k * kWarp + warp] = x[k];
+  }
+  __syncthreads();
+  for (int k = 0; k < K; ++k) {
+    x[k] = of_warps[k * kWarp];
+    for (int w = 1; w < warps; ++w) x[k] = fold(x[k], static_cast<A>(of_warps[k * kWarp + w]));
+  }
+}
+
 }  // namespace hymoe::kernels

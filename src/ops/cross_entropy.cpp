@@ -8,7 +8,9 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/types.h>
 
+#include "kernels/cross_entropy.h"
 #include "ops/cpu.h"
+#include "ops/device.h"
 
 namespace hymoe::ops {
 namespace {
@@ -17,7 +19,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-constexpr int64_t kIgnored = -100;
+constexpr int64_t kIgnored = kernels::kIgnoredTarget;
 
 at::ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -67,6 +69,16 @@ void loss_rows_cpu(Tensor& logits, const Tensor& targets, const Tensor& token_we
 
 void loss_rows(Tensor& logits, const Tensor& targets, const Tensor& token_weights, bool gradient,
                Tensor& nll) {
+  if (device::takes(logits)) {
+    return kernels::loss_rows({.logits = device::address(logits),
+                               .targets = device::data<int64_t>(targets),
+                               .token_weights = device::address(gradient ? token_weights : Tensor()),
+                               .nll = device::address(nll),
+                               .num_rows = logits.size(0),
+                               .vocab = logits.size(1),
+                               .dtype = device::dtype(logits)},
+                              device::stream(logits));
+  }
   if (logits.is_cpu()) return loss_rows_cpu(logits, targets, token_weights, gradient, nll);
   const Tensor ignored = targets == kIgnored, column = targets.clamp_min(0).unsqueeze(1);
   const Tensor log_sum = logits.logsumexp(1, /*keepdim=*/true);
@@ -76,10 +88,47 @@ void loss_rows(Tensor& logits, const Tensor& targets, const Tensor& token_weight
   logits.mul_(token_weights.masked_fill(ignored, 0).unsqueeze(1));
 }
 
+void loss_rows_of_part_on_device(Tensor& logits, const Tensor& targets, const Tensor& token_weights,
+                                 bool gradient, const VocabularyPart& part, Tensor& nll) {
+  const Tensor place = targets - part.first;
+  const Tensor elsewhere = (place < 0).logical_or_(place >= logits.size(1));
+  const Tensor pieces = at::empty({3, logits.size(0)}, nll.options());
+  const Tensor top = pieces[0], sum = pieces[1], own = pieces[2];
+  kernels::loss_pieces({.logits = device::address(logits),
+                        .targets = device::data<int64_t>(targets),
+                        .top = device::address(top),
+                        .sum = device::address(sum),
+                        .own = device::address(own),
+                        .num_rows = logits.size(0),
+                        .vocab = logits.size(1),
+                        .first = part.first,
+                        .dtype = device::dtype(logits)},
+                       device::stream(logits));
+  Tensor top_of_all = top.clone();
+  part.all_reduce_max(top_of_all);
+  Tensor sums = at::stack({sum * (top - top_of_all).exp_(), (own - top_of_all).masked_fill_(elsewhere, 0)});
+  part.all_reduce_sum(sums);
+  nll.copy_((sums[0].log() - sums[1]).masked_fill_(targets == kIgnored, 0));
+  if (!gradient) return;
+  kernels::loss_gradient({.logits = device::address(logits),
+                          .targets = device::data<int64_t>(targets),
+                          .token_weights = device::address(token_weights),
+                          .top = device::address(top_of_all),
+                          .sum = device::address(sums[0]),
+                          .num_rows = logits.size(0),
+                          .vocab = logits.size(1),
+                          .first = part.first,
+                          .dtype = device::dtype(logits)},
+                         device::stream(logits));
+}
+
 // The same with a part of the vocabulary's columns: maximum, sum of exponentials and the target's logit go
 // over the ranks.
 void loss_rows_of_part(Tensor& logits, const Tensor& targets, const Tensor& token_weights, bool gradient,
                        const VocabularyPart& part, Tensor& nll) {
+  if (device::takes(logits)) {
+    return loss_rows_of_part_on_device(logits, targets, token_weights, gradient, part, nll);
+  }
   const Tensor ignored = targets == kIgnored, place = targets - part.first;
   const Tensor elsewhere = (place < 0).logical_or_(place >= logits.size(1)).unsqueeze(1);
   const Tensor column = place.unsqueeze(1).masked_fill(elsewhere, 0);
@@ -96,10 +145,11 @@ void loss_rows_of_part(Tensor& logits, const Tensor& targets, const Tensor& toke
   logits.scatter_add_(1, column, -weights.unsqueeze(1).masked_fill(elsewhere, 0));
 }
 
-int64_t choose_chunk(int64_t rows, int64_t vocab) {
-  // About 64 MiB of fp32 logits: large enough that reading and writing the weight's gradient once a chunk is
-  // cheap.
-  const int64_t most = std::max<int64_t>(64, (int64_t{1} << 24) / vocab), chunks = (rows + most - 1) / most;
+int64_t choose_chunk(const Tensor& h, int64_t vocab) {
+  // 64 MiB of fp32 logits on the CPU, 512 MiB of bf16 ones on a GPU: large enough that reading and writing
+  // the weight's gradient once a chunk is cheap beside the products.
+  const int64_t rows = h.size(0), logits = int64_t{1} << (device::takes(h) ? 28 : 24);
+  const int64_t most = std::max<int64_t>(64, logits / vocab), chunks = (rows + most - 1) / most;
   return chunks > 0 ? (rows + chunks - 1) / chunks : 1;
 }
 
@@ -120,7 +170,8 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
       const Tensor part = h.narrow(0, start, n);
       Tensor products = scratch.narrow(0, 0, n), part_nll = nll.narrow(0, start, n);
       at::mm_out(products, part, weight.t());
-      Tensor logits = products.to(type);
+      // The kernels take logits of any type as they are, and leave gradients in their place.
+      Tensor logits = device::takes(products) ? products : products.to(type);
       const Tensor part_targets = targets.narrow(0, start, n), weights = token_weights.narrow(0, start, n);
       if (vocabulary == nullptr) {
         loss_rows(logits, part_targets, weights, gradient, part_nll);
@@ -128,7 +179,7 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
         loss_rows_of_part(logits, part_targets, weights, gradient, *vocabulary, part_nll);
       }
       if (!gradient) continue;
-      if (!same_type) products.copy_(logits);
+      if (!logits.is_same(products)) products.copy_(logits);
       if (need_h) {
         Tensor out = dh.narrow(0, start, n);
         at::mm_out(out, products, weight);
@@ -205,7 +256,7 @@ CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const T
       token_weights.defined() ? token_weights.detach().to(options).contiguous() : at::ones({rows}, options);
   const bool grad = at::GradMode::is_enabled();
   const auto out = LinearCrossEntropy::apply(h, weight, targets.contiguous(), weights,
-                                             chunk_rows > 0 ? chunk_rows : choose_chunk(rows, vocab),
+                                             chunk_rows > 0 ? chunk_rows : choose_chunk(h, vocab),
                                              grad && h.requires_grad(), grad && weight.requires_grad(), part);
   return {out[0], out[1]};
 }

@@ -16,4 +16,6 @@ kernels::Stream stream(const Tensor& x) {
 
 void* address(const Tensor& x) { return x.defined() ? const_cast<void*>(x.const_data_ptr()) : nullptr; }
 
+void* view_address(const Tensor& x) { return address(x); }
+
 }  // namespace hymoe::ops::device

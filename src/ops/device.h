@@ -24,6 +24,8 @@ kernels::DType dtype(const Tensor& x);
 
 /// Where x's elements lie; nullptr when x is undefined. x must be contiguous.
 void* address(const Tensor& x);
+/// The same of a view with strides.
+void* view_address(const Tensor& x);
 template <class T>
 T* data(const Tensor& x) {
   return static_cast<T*>(address(x));

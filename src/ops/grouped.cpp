@@ -12,6 +12,7 @@
 
 #include "hymoe/ops/plain.h"
 #include "ops/cpu.h"
+#include "ops/device.h"
 #include "ops/swiglu.h"
 
 namespace hymoe::ops {
@@ -51,7 +52,7 @@ void check_counts(const char* op, const Tensor& rows, const std::vector<int64_t>
 
 Tensor scratch(const std::vector<int64_t>& counts, int64_t width, const Tensor& like) {
   const int64_t most = counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
-  return cpu::empty({std::min(most, kSwigluBlock), width}, like.options());
+  return cpu::empty({std::min(most, swiglu_block(like)), width}, like.options());
 }
 
 void zero(std::initializer_list<Tensor> gradients) {
@@ -238,7 +239,7 @@ Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_p
 Tensor swiglu(const Tensor& gate_up) {
   TORCH_CHECK(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "swiglu: gate_up must be [R, 2·H], got ",
               gate_up.sizes());
-  if (!gate_up.is_cpu()) return plain::swiglu(gate_up);
+  if (!device::fused(gate_up)) return plain::swiglu(gate_up);
   return SwigluActivation::apply(gate_up.stride(1) == 1 ? gate_up : gate_up.contiguous());
 }
 
@@ -266,7 +267,7 @@ Tensor swiglu_mlp(const Tensor& x, const Tensor& gate, const Tensor& up, const T
               up.sizes());
   TORCH_CHECK(down.dim() == 2 && down.size(0) == x.size(1) && down.size(1) == gate.size(0),
               "swiglu_mlp: down must be [", x.size(1), ", ", gate.size(0), "], got ", down.sizes());
-  if (!x.is_cpu()) return plain::swiglu_mlp(x, gate, up, down);
+  if (!device::fused(x)) return plain::swiglu_mlp(x, gate, up, down);
   return SwigluMlp::apply(x, gate, up, down, wants_gradient({x, gate, up, down}));
 }
 

@@ -1,6 +1,11 @@
 #include <torch/types.h>
 
+#include "kernels/adamw.h"
+#include "kernels/cross_entropy.h"
+#include "kernels/norm.h"
 #include "kernels/permute.h"
+#include "kernels/rotary.h"
+#include "kernels/swiglu.h"
 #include "ops/device.h"
 
 // A build without the kernels of kernels/: no operation gets to them, since takes() is false.
@@ -12,6 +17,8 @@ kernels::Stream stream(const Tensor&) { TORCH_CHECK(false, "this build has no CU
 
 void* address(const Tensor&) { TORCH_CHECK(false, "this build has no CUDA kernels"); }
 
+void* view_address(const Tensor& x) { return address(x); }
+
 }  // namespace hymoe::ops::device
 
 namespace hymoe::kernels {
@@ -19,5 +26,15 @@ namespace hymoe::kernels {
 void gather_rows(const GatherRows&, Stream) {}
 void gather_sum(const GatherSum&, Stream) {}
 void gather_sum_backward(const GatherSumBackward&, Stream) {}
+void adamw(const AdamW&, Stream) {}
+void loss_rows(const LossRows&, Stream) {}
+void loss_pieces(const LossPieces&, Stream) {}
+void loss_gradient(const LossGradient&, Stream) {}
+void rms_norm(const RmsNorm&, Stream) {}
+void rms_norm_backward(const RmsNormBackward&, Stream) {}
+int64_t rms_norm_parts(int64_t, int64_t) { return 0; }
+void rotary(const Rotary&, Stream) {}
+void swiglu(const Swiglu&, Stream) {}
+void swiglu_backward(const SwigluBackward&, Stream) {}
 
 }  // namespace hymoe::kernels

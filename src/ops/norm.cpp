@@ -7,7 +7,9 @@
 #include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
+#include "kernels/norm.h"
 #include "ops/cpu.h"
+#include "ops/device.h"
 
 namespace hymoe::ops {
 namespace {
@@ -50,6 +52,19 @@ struct RmsNorm : Function<RmsNorm> {
     Tensor y = cpu::empty(x.sizes(), x.options());
     Tensor rstd =
         at::empty({rows}, x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+    ctx->save_for_backward({x, weight, rstd});
+    if (device::takes(x)) {
+      kernels::rms_norm({.x = device::address(x),
+                         .weight = device::address(weight),
+                         .y = device::address(y),
+                         .rstd = device::address(rstd),
+                         .num_rows = rows,
+                         .dim = dim,
+                         .eps = eps,
+                         .dtype = device::dtype(x)},
+                        device::stream(x));
+      return y;
+    }
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rms_norm", [&] {
       using A = cpu::Accumulate<scalar_t>;
       const scalar_t *in = x.const_data_ptr<scalar_t>(), *w = weight.const_data_ptr<scalar_t>();
@@ -61,18 +76,33 @@ struct RmsNorm : Function<RmsNorm> {
         }
       });
     });
-    ctx->save_for_backward({x, weight, rstd});
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2], dy = gradients[0].contiguous();
-    // A fixed number of partial sums keeps the result independent of the number of threads.
+    // A number of partial sums by the shape keeps the result independent of the number of threads.
     constexpr int64_t kParts = 32;
     const int64_t dim = weight.size(0), rows = rstd.size(0), part_rows = (rows + kParts - 1) / kParts;
     Tensor dx, parts;
     if (ctx->needs_input_grad(0)) dx = cpu::empty(x.sizes(), x.options());
+    if (device::takes(x)) {
+      const int64_t count = kernels::rms_norm_parts(rows, dim);
+      if (ctx->needs_input_grad(1)) parts = at::empty({count, dim}, rstd.options());
+      kernels::rms_norm_backward({.x = device::address(x),
+                                  .weight = device::address(weight),
+                                  .dy = device::address(dy),
+                                  .rstd = device::address(rstd),
+                                  .dx = device::address(dx),
+                                  .d_weight = device::address(parts),
+                                  .num_rows = rows,
+                                  .dim = dim,
+                                  .parts = count,
+                                  .dtype = device::dtype(x)},
+                                 device::stream(x));
+      return {dx, parts.defined() ? parts.sum(0).to(weight.scalar_type()) : parts, {}};
+    }
     if (ctx->needs_input_grad(1)) parts = at::zeros({kParts, dim}, rstd.options());
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rms_norm", [&] {
       using A = cpu::Accumulate<scalar_t>;
@@ -100,7 +130,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && x.size(-1) == weight.size(0),
               "rms_norm: weight must be [D] for x [..., D], got weight ", weight.sizes(), " and x ",
               x.sizes());
-  if (!x.is_cpu()) return plain::rms_norm(x, weight, eps);
+  if (!device::fused(x)) return plain::rms_norm(x, weight, eps);
   return RmsNorm::apply(x.contiguous(), weight.to(x.scalar_type()).contiguous(), eps);
 }
 

@@ -148,6 +148,17 @@ CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const T
   return {loss, nll.detach()};
 }
 
+void adamw_step(const AdamWStep& step, const Tensor& gradient, const Tensor& target, const Tensor& exp_avg,
+                const Tensor& exp_avg_sq, const Tensor& parameter) {
+  const double n = static_cast<double>(step.step), beta1 = step.beta1, beta2 = step.beta2;
+  const Tensor g = gradient.to(at::kFloat).view_as(target) / step.scale;
+  exp_avg.lerp_(g, 1 - beta1);
+  exp_avg_sq.mul_(beta2).addcmul_(g, g, 1 - beta2);
+  const Tensor root = exp_avg_sq.sqrt() / std::sqrt(1 - std::pow(beta2, n)) + step.eps;
+  target.mul_(1 - step.lr * step.weight_decay).addcdiv_(exp_avg, root, -step.lr / (1 - std::pow(beta1, n)));
+  if (parameter.defined()) parameter.copy_(target.view_as(parameter));
+}
+
 Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding) {
   const int64_t rows = x.size(0), units = offsets.size(0) - 1;
   const Tensor row = at::arange(rows, offsets.options());

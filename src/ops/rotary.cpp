@@ -5,7 +5,9 @@
 #include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
+#include "kernels/rotary.h"
 #include "ops/cpu.h"
+#include "ops/device.h"
 
 namespace hymoe::ops {
 namespace {
@@ -26,11 +28,26 @@ HYMOE_SIMD void rotate_head(const T* __restrict x, const float* __restrict cos, 
 }
 
 Tensor rotate(const Tensor& x, const Tensor& positions, const Tensor& inv_freq, float direction) {
-  const Tensor angle = positions.to(at::kFloat).unsqueeze(-1) * inv_freq;
-  const Tensor cos = angle.cos(), sin = angle.sin();
   const int64_t heads = x.size(1), dim = x.size(2), half = dim / 2, step = x.stride(0),
                 head_step = x.stride(1);
   Tensor y = cpu::empty(x.sizes(), x.options());
+  if (device::takes(x)) {
+    kernels::rotary({.x = device::view_address(x),
+                     .positions = device::data<int64_t>(positions),
+                     .inv_freq = device::data<float>(inv_freq),
+                     .y = device::address(y),
+                     .num_rows = x.size(0),
+                     .heads = heads,
+                     .dim = dim,
+                     .row_step = step,
+                     .head_step = head_step,
+                     .direction = direction,
+                     .dtype = device::dtype(x)},
+                    device::stream(x));
+    return y;
+  }
+  const Tensor angle = positions.to(at::kFloat).unsqueeze(-1) * inv_freq;
+  const Tensor cos = angle.cos(), sin = angle.sin();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rotary", [&] {
     const scalar_t* in = x.const_data_ptr<scalar_t>();
     scalar_t* out = y.mutable_data_ptr<scalar_t>();
@@ -79,9 +96,10 @@ Tensor rotary(const Tensor& x, const Tensor& positions, const Tensor& inv_freq) 
               2 * inv_freq.numel(), "], got ", x.sizes());
   TORCH_CHECK(positions.dim() == 1 && positions.size(0) == x.size(0), "rotary: positions must be [",
               x.size(0), "], got ", positions.sizes());
-  const Tensor frequency = inv_freq.to(at::kFloat);
-  if (!x.is_cpu()) return plain::rotary(x, positions, frequency);
-  return Rotary::apply(x.stride(2) == 1 ? x : x.contiguous(), positions, frequency);
+  const Tensor frequency = inv_freq.to(at::kFloat).contiguous();
+  if (!device::fused(x)) return plain::rotary(x, positions, frequency);
+  return Rotary::apply(x.stride(2) == 1 ? x : x.contiguous(), positions.to(at::kLong).contiguous(),
+                       frequency);
 }
 
 }  // namespace hymoe::ops

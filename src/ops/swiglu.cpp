@@ -3,7 +3,9 @@
 #include <ATen/Dispatch.h>
 #include <torch/types.h>
 
+#include "kernels/swiglu.h"
 #include "ops/cpu.h"
+#include "ops/device.h"
 
 namespace hymoe::ops {
 namespace {
@@ -45,8 +47,19 @@ void product(Tensor out, const Tensor& a, const Tensor& b, bool add) {
 
 }  // namespace
 
+int64_t swiglu_block(const Tensor& rows) { return device::takes(rows) ? 8192 : 1024; }
+
 void swiglu_forward(const Tensor& gate_up, Tensor& h) {
   const int64_t rows = h.size(0), hidden = h.size(1), in_step = gate_up.stride(0), out_step = h.stride(0);
+  if (device::takes(h)) {
+    return kernels::swiglu({.gate_up = device::view_address(gate_up),
+                            .h = device::address(h),
+                            .num_rows = rows,
+                            .hidden = hidden,
+                            .row_step = in_step,
+                            .dtype = device::dtype(h)},
+                           device::stream(h));
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "swiglu", [&] {
     const scalar_t* in = gate_up.const_data_ptr<scalar_t>();
     scalar_t* out = h.mutable_data_ptr<scalar_t>();
@@ -61,6 +74,16 @@ void swiglu_forward(const Tensor& gate_up, Tensor& h) {
 void swiglu_backward(const Tensor& gate_up, Tensor& dh_to_h, Tensor& d_gate_up) {
   const int64_t rows = dh_to_h.size(0), hidden = dh_to_h.size(1), in_step = gate_up.stride(0);
   const int64_t h_step = dh_to_h.stride(0), out_step = d_gate_up.stride(0);
+  if (device::takes(gate_up)) {
+    return kernels::swiglu_backward({.gate_up = device::view_address(gate_up),
+                                     .dh_to_h = device::address(dh_to_h),
+                                     .d_gate_up = device::address(d_gate_up),
+                                     .num_rows = rows,
+                                     .hidden = hidden,
+                                     .row_step = in_step,
+                                     .dtype = device::dtype(gate_up)},
+                                    device::stream(gate_up));
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dh_to_h.scalar_type(), "swiglu", [&] {
     const scalar_t* in = gate_up.const_data_ptr<scalar_t>();
     scalar_t* h = dh_to_h.mutable_data_ptr<scalar_t>();
@@ -77,8 +100,8 @@ void swiglu_backward(const Tensor& gate_up, Tensor& dh_to_h, Tensor& d_gate_up) 
 
 void swiglu_network_forward(const Tensor& rows, const SwigluNetwork& network, Tensor& gate_up, bool keep,
                             Tensor& h, Tensor& y) {
-  for (int64_t start = 0; start < rows.size(0); start += kSwigluBlock) {
-    const int64_t n = std::min(kSwigluBlock, rows.size(0) - start);
+  for (int64_t start = 0; start < rows.size(0); start += swiglu_block(rows)) {
+    const int64_t n = std::min(swiglu_block(rows), rows.size(0) - start);
     const Tensor x = rows.narrow(0, start, n);
     Tensor projected = gate_up.narrow(0, keep ? start : 0, n), hidden = h.narrow(0, 0, n),
            out = y.narrow(0, start, n);
@@ -95,8 +118,8 @@ void swiglu_network_forward(const Tensor& rows, const SwigluNetwork& network, Te
 void swiglu_network_backward(const Tensor& rows, const Tensor& gate_up, const Tensor& dy,
                              const SwigluNetwork& network, SwigluNetwork& gradients, Tensor& dh,
                              Tensor& d_gate_up, Tensor& dx) {
-  for (int64_t start = 0; start < rows.size(0); start += kSwigluBlock) {
-    const int64_t n = std::min(kSwigluBlock, rows.size(0) - start);
+  for (int64_t start = 0; start < rows.size(0); start += swiglu_block(rows)) {
+    const int64_t n = std::min(swiglu_block(rows), rows.size(0) - start);
     const bool later = start > 0;
     const Tensor x = rows.narrow(0, start, n), d_out = dy.narrow(0, start, n);
     Tensor hidden = dh.narrow(0, 0, n), d_in = d_gate_up.narrow(0, 0, n);

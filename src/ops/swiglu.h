@@ -14,7 +14,7 @@ struct SwigluNetwork {
   Tensor down;
 };
 
-/// h[n, H] = silu(gate)·up of gate_up [n, 2·H]; both may have strided rows. On the CPU.
+/// h[n, H] = silu(gate)·up of gate_up [n, 2·H], whose rows may be strided.
 void swiglu_forward(const Tensor& gate_up, Tensor& h);
 /// Gradient: reads gate_up and dh, writes d_gate_up, and leaves h in dh.
 void swiglu_backward(const Tensor& gate_up, Tensor& dh_to_h, Tensor& d_gate_up);
@@ -29,6 +29,6 @@ void swiglu_network_backward(const Tensor& rows, const Tensor& gate_up, const Te
                              Tensor& d_gate_up, Tensor& dx);
 
 /// Rows that go through a network at a time: the scratch h, dh and d_gate_up hold no more.
-constexpr int64_t kSwigluBlock = 1024;
+int64_t swiglu_block(const Tensor& rows);
 
 }  // namespace hymoe::ops

@@ -131,6 +131,9 @@ class Global {
  public:
   Global(std::nullptr_t) {}
   Global(T* address) : address_(address), range_(emulation::range_of(address)) {}
+  template <class U>
+  requires std::is_same_v<const U, T> Global(const Global<U>& other)
+      : address_(other.address_), range_(other.range_) {}
   explicit operator bool() const { return address_ != nullptr; }
 
   T& operator[](int64_t i) const { return *vector<T>(i); }
@@ -149,6 +152,8 @@ class Global {
   }
 
  private:
+  template <class U>
+  friend class Global;
   T* address_ = nullptr;
   emulation::Range range_ = {};
 };
@@ -261,3 +266,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
 }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+inline void sincospif(float x, float* sin, float* cos) {
+  *sin = static_cast<float>(std::sin(M_PI * x));
+  *cos = static_cast<float>(std::cos(M_PI * x));
+}

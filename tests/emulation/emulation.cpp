@@ -1,8 +1,10 @@
 #include "emulation/emulation.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 #include <exception>
@@ -12,6 +14,7 @@
 #include <numeric>
 #include <random>
 #include <sstream>
+#include <utility>
 #include <vector>
 
 #include "kernels/device.h"
@@ -26,11 +29,17 @@ enum class State { kReady, kAtBlockBarrier, kInWarp, kEnded };
 enum class Meeting { kBarrier, kShuffle, kBallot };
 
 struct Thread {
-  ucontext_t context = {};
+  ucontext_t context = {};  // to begin; from then on `place`, without the system calls of contexts
+  jmp_buf place = {};
+  bool begun = false;
   std::unique_ptr<std::byte[]> stack = std::make_unique<std::byte[]>(kStack);
   State state = State::kReady;
   std::source_location at;
-  // In a warp:
+  // In a warp: __syncwarps passed, and the last of them that each lane is known to have passed. What a lane
+  // did until then lies behind.
+  int time = 1;
+  std::array<int, kLanes> seen = {};
+  // Where it waits:
   Meeting meeting = Meeting::kBarrier;
   unsigned lanes = 0;
   uint64_t value = 0;
@@ -58,9 +67,8 @@ struct Block {
   const std::function<void()>* body = nullptr;
   std::vector<Thread> threads;  // kept for their stacks
   int size = 0, running = -1;
-  int64_t epoch = 0;              // block barriers passed
-  std::vector<int64_t> meetings;  // __syncwarps of each warp
-  ucontext_t scheduler = {};
+  int64_t epoch = 0;  // block barriers passed
+  jmp_buf scheduler = {};
   std::exception_ptr error;
 } block;
 
@@ -80,23 +88,40 @@ void thread_main() {
   }
   Thread& self = block.threads[block.running];
   self.state = State::kEnded;
-  swapcontext(&self.context, &block.scheduler);
+  _longjmp(block.scheduler, 1);
 }
 
 void yield(State state, const std::source_location& at) {
   Thread& self = block.threads[block.running];
   self.state = state;
   self.at = at;
-  swapcontext(&self.context, &block.scheduler);
+  if (_setjmp(self.place) == 0) _longjmp(block.scheduler, 1);
 }
 
 void resume(int index) {
   Thread& thread = block.threads[index];
   block.running = index;
   threadIdx = {static_cast<unsigned>(index), 0, 0};
-  swapcontext(&block.scheduler, &thread.context);
+  if (_setjmp(block.scheduler) == 0) {
+    if (std::exchange(thread.begun, true)) _longjmp(thread.place, 1);
+    setcontext(&thread.context);
+  }
   block.running = -1;
   if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
+}
+
+void join_times(int warp, unsigned lanes) {
+  std::array<int, kLanes> seen = {};
+  const auto for_lanes = [&](const auto& f) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (lanes >> lane & 1) f(lane, block.threads[warp + lane]);
+    }
+  };
+  for_lanes([&](int lane, Thread& thread) {
+    thread.seen[lane] = thread.time++;
+    for (int i = 0; i < kLanes; ++i) seen[i] = std::max(seen[i], thread.seen[i]);
+  });
+  for_lanes([&](int, Thread& thread) { thread.seen = seen; });
 }
 
 // Lets those go on who meet where `thread` waits, once all that it names are there.
@@ -132,7 +157,7 @@ bool release_warp(int index) {
     thread.value = meeting == Meeting::kShuffle ? values[thread.source] : votes;
     thread.state = State::kReady;
   }
-  if (meeting == Meeting::kBarrier) ++block.meetings[warp / kLanes];
+  if (meeting == Meeting::kBarrier) join_times(warp, lanes);
   return true;
 }
 
@@ -171,11 +196,13 @@ std::vector<int64_t> turns(int64_t n) {
 
 void run_block(const std::vector<int64_t>& order_of_threads) {
   block.epoch = 0;
-  block.meetings.assign((block.size + kLanes - 1) / kLanes, 0);
   ++blocks_run;
   for (int i = 0; i < block.size; ++i) {
     Thread& thread = block.threads[i];
     thread.state = State::kReady;
+    thread.begun = false;
+    thread.time = 1;
+    thread.seen = {};
     getcontext(&thread.context);
     thread.context.uc_stack = {.ss_sp = thread.stack.get(), .ss_flags = 0, .ss_size = kStack};
     thread.context.uc_link = nullptr;
@@ -226,15 +253,19 @@ void check_access(const void* address, size_t bytes, size_t alignment, const Ran
     fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
 }
 
-void set_order(Order wanted) { order = wanted; }
+Order set_order(Order wanted) { return std::exchange(order, wanted); }
 
 int64_t launches() {
+  const std::lock_guard lock(mutex);
   int64_t all = 0;
   for (const auto& [name, count] : launch_counts) all += count;
   return all;
 }
 
-int64_t launches(const std::string& name) { return launch_counts[name]; }
+int64_t launches(const std::string& name) {
+  const std::lock_guard lock(mutex);
+  return launch_counts[name];
+}
 
 void run(const char* name, int64_t blocks, int threads, const std::function<void()>& thread) {
   if (blocks == 0) return;
@@ -289,36 +320,39 @@ unsigned ballot(unsigned lanes, bool vote, const std::source_location& at) {
 }
 
 void note_access(const char* name, int64_t i, Access access, History& h) {
-  const int self = block.running, warp = self / kLanes;
-  const int64_t meeting = block.meetings[warp];
+  const int self = block.running;
+  const Thread& thread = block.threads[self];
   const auto element = [&] { return std::string(name) + "[" + std::to_string(i) + "] of shared memory"; };
-  const auto apart = [&](int other_warp, int64_t when) { return other_warp == warp && when < meeting; };
-  const auto who = [](int thread) {
-    return thread == kSeveral ? "others" : "thread " + std::to_string(thread);
+  const auto require_behind = [&](int other, int time, const char* did) {
+    if (other == self || (other / kLanes == self / kLanes && thread.seen[other % kLanes] >= time)) return;
+    fail((access == Access::kRead ? "reads " : "writes ") + element() + ", which thread " +
+         std::to_string(other) + " " + did + ", with no barrier between");
+  };
+  const auto require_behind_all = [&](const std::vector<int>& times, const char* did) {
+    for (size_t other = 0; other < times.size(); ++other) {
+      if (times[other] > 0) require_behind(static_cast<int>(other), times[other], did);
+    }
+  };
+  const auto record = [&](std::vector<int>& times) {
+    times.resize(block.size);
+    times[self] = thread.time;
   };
   if (access != Access::kWrite && !h.written) fail("reads " + element() + ", which nobody has written");
-  const bool written_now = h.written && h.write_epoch == block.epoch;
-  if (written_now && h.writer != self && !(h.atomic && access == Access::kAtomic) &&
-      !apart(h.writing_warp, h.write_meeting))
-    fail("uses " + element() + ", which " + who(h.writer) + " wrote, with no barrier between");
-  const auto join = [&](bool before, int& thread, int& of_warp) {
-    thread = before && thread != self ? kSeveral : self;
-    of_warp = before && of_warp != warp ? kSeveral : warp;
+  const auto start_anew = [&](int writer) {
+    h.epoch = block.epoch;
+    h.writer = writer;
+    h.write_time = thread.time;
+    h.read_times.clear();
+    h.atomic_times.clear();
   };
-  const bool read_now = h.read_epoch == block.epoch;
-  if (access == Access::kRead) {
-    join(read_now, h.reader, h.reading_warp);
-    h.read_epoch = block.epoch;
-    h.read_meeting = meeting;
-    return;
-  }
-  if (read_now && h.reader != self && !apart(h.reading_warp, h.read_meeting))
-    fail("writes " + element() + ", which " + who(h.reader) + " read, with no barrier between");
-  h.atomic = access == Access::kAtomic;
-  join(written_now && h.atomic, h.writer, h.writing_warp);
+  if (h.epoch != block.epoch) start_anew(-1);
+  if (h.writer >= 0) require_behind(h.writer, h.write_time, "wrote");
+  if (access != Access::kAtomic) require_behind_all(h.atomic_times, "changed");
+  if (access == Access::kRead) return record(h.read_times);
+  require_behind_all(h.read_times, "read");
+  if (access == Access::kAtomic) return record(h.atomic_times);
   h.written = true;
-  h.write_epoch = block.epoch;
-  h.write_meeting = meeting;
+  start_anew(self);
 }
 
 void fail_outside(const char* name, int64_t i, size_t size) {

@@ -6,6 +6,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 /// Runs kernels on the CPU: blocks one after another, the threads of a block as fibers that take turns at
 /// barriers, shuffles and votes. Finds what a GPU would let pass: reading and writing outside of buffers,
@@ -32,7 +33,8 @@ void check_access(const void* address, size_t bytes, size_t alignment, const Ran
 
 /// In which order blocks, and the threads of a block, take turns. A right kernel gives the same in any.
 enum class Order { kForward, kReverse, kShuffled };
-void set_order(Order order);
+/// -> the order before.
+Order set_order(Order order);
 
 /// Kernels run so far, and those of one name.
 int64_t launches();
@@ -49,16 +51,14 @@ unsigned ballot(unsigned lanes, bool vote, const std::source_location& at);
 
 enum class Access { kRead, kWrite, kAtomic };
 
-/// Who used an element of shared memory since the block's last barrier, and whether anyone ever wrote it.
-/// Threads of a warp are apart, too, once they have met at a __syncwarp.
+/// Whether anyone wrote an element of shared memory, and who used it since the block's last barrier, each at
+/// a time of his own, which goes on at every __syncwarp.
 struct History {
-  bool written = false, atomic = false;
-  int64_t write_epoch = -1, read_epoch = -1;    // barriers of the block before it
-  int64_t write_meeting = 0, read_meeting = 0;  // __syncwarps of the warp before it
-  int writer = 0, writing_warp = 0;             // kSeveral: of them
-  int reader = 0, reading_warp = 0;
+  bool written = false;
+  int64_t epoch = -1;  // barriers of the block before all that follows
+  int writer = -1, write_time = 0;
+  std::vector<int> read_times, atomic_times;  // of each thread, 0: not; later than the write
 };
-constexpr int kSeveral = -1;
 void note_access(const char* name, int64_t i, Access access, History& history);
 [[noreturn]] void fail_outside(const char* name, int64_t i, size_t size);
 

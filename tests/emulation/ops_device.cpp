@@ -25,8 +25,14 @@ void* address(const Tensor& x) {
   if (!x.defined()) return nullptr;
   TORCH_CHECK(x.is_contiguous(), "a kernel wants contiguous tensors, got sizes ", x.sizes(), ", strides ",
               x.strides());
+  return view_address(x);
+}
+
+void* view_address(const Tensor& x) {
   auto* data = const_cast<void*>(x.const_data_ptr());
-  emulation::register_memory(data, x.nbytes());
+  int64_t last = 0;
+  for (int64_t i = 0; i < x.dim(); ++i) last += (x.size(i) - 1) * x.stride(i);
+  if (x.numel() > 0) emulation::register_memory(data, (last + 1) * x.element_size());
   return data;
 }
 

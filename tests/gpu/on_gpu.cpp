@@ -50,7 +50,7 @@ const bool prepared = [] {
 Emulate::Emulate(bool on) : before_(std::exchange(emulating, on)) {}
 Emulate::~Emulate() { emulating = before_; }
 
-void set_order(Order) {}
+Order set_order(Order wanted) { return wanted; }
 int64_t launches() { return calls; }
 int64_t launches(const std::string&) { return calls; }
 
@@ -69,7 +69,9 @@ void* address(const Tensor& x) {
   if (!x.defined()) return nullptr;
   TORCH_CHECK(x.is_contiguous(), "a kernel wants contiguous tensors, got sizes ", x.sizes(), ", strides ",
               x.strides());
-  return const_cast<void*>(x.const_data_ptr());
+  return view_address(x);
 }
+
+void* view_address(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
 
 }  // namespace hymoe::ops::device

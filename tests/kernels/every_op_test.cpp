@@ -11,6 +11,7 @@
 
 #include "emulation/emulation.h"
 #include "emulation/ops_device.h"
+#include "hymoe/ops/adamw.h"
 #include "hymoe/ops/attention.h"
 #include "hymoe/ops/cross_entropy.h"
 #include "hymoe/ops/gates.h"
@@ -31,6 +32,8 @@ Tensor ints(const std::vector<int64_t>& values) { return at::tensor(values, at::
 
 // Operations with a branch for GPUs: each returns something to go backward from, or an undefined tensor.
 const std::map<std::string, std::function<Tensor()>> kLaunching = {
+    {"adamw_step",
+     [] { return adamw_step({}, at::ones({3}), at::ones({3}), at::zeros({3}), at::zeros({3})), Tensor(); }},
     {"linear_cross_entropy",
      [] {
        return linear_cross_entropy(leaf({5, 4}), leaf({7, 4}), ints({0, 6, 3, 2, 1})).loss;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "hymoe/ops/adamw.h"
 #include "hymoe/ops/cross_entropy.h"
 #include "hymoe/ops/permute.h"
 #include "hymoe/ops/sparse_mixer.h"
@@ -25,6 +26,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  const Tensor& k_offsets, int64_t window);
 CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const Tensor& targets,
                                   const Tensor& token_weights);
+void adamw_step(const AdamWStep& step, const Tensor& gradient, const Tensor& target, const Tensor& exp_avg,
+                const Tensor& exp_avg_sq, const Tensor& parameter);
 Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding);
 Tensor rank_among_earlier(const Tensor& values, const Tensor& position);
 
