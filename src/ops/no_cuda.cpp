@@ -1,6 +1,7 @@
 #include <torch/types.h>
 
 #include "kernels/permute.h"
+#include "kernels/sort.h"
 #include "ops/device.h"
 
 // A build without the kernels of kernels/: no operation gets to them, since takes() is false.
@@ -19,5 +20,7 @@ namespace hymoe::kernels {
 void gather_rows(const GatherRows&, Stream) {}
 void gather_sum(const GatherSum&, Stream) {}
 void gather_sum_backward(const GatherSumBackward&, Stream) {}
+void sort_by_expert(const SortByExpert&, Stream) {}
+void rank_within_expert(const RankWithinExpert&, Stream) {}
 
 }  // namespace hymoe::kernels

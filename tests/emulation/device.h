@@ -228,6 +228,16 @@ inline int __all_sync(unsigned lanes, int vote, std::source_location at = std::s
   return __ballot_sync(lanes, vote, at) == lanes;
 }
 
+template <class T>
+unsigned __match_any_sync(unsigned lanes, T value,
+                          std::source_location at = std::source_location::current()) {
+  unsigned same = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (lanes >> lane & 1 && __shfl_sync(lanes, value, lane, at) == value) same |= 1u << lane;
+  }
+  return same;
+}
+
 // Threads take turns, so that what each does between two barriers is atomic by itself.
 
 template <class T>

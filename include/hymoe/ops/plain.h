@@ -9,7 +9,9 @@
 /// path use it.
 namespace hymoe::ops::plain {
 
-Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts);
+Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts, std::optional<int64_t> max_rows);
+Tensor rank_within_expert(const Tensor& expert_ids, int64_t num_experts);
+Tensor permute(const Tensor& x, const Permutation& permutation);
 Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
                  const Tensor& base, const Tensor& base_weight);
 Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert);
