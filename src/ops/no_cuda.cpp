@@ -1,6 +1,7 @@
 #include <torch/types.h>
 
 #include "kernels/permute.h"
+#include "kernels/segment.h"
 #include "kernels/sort.h"
 #include "ops/device.h"
 
@@ -22,5 +23,9 @@ void gather_sum(const GatherSum&, Stream) {}
 void gather_sum_backward(const GatherSumBackward&, Stream) {}
 void sort_by_expert(const SortByExpert&, Stream) {}
 void rank_within_expert(const RankWithinExpert&, Stream) {}
+void segment_pool(const SegmentPool&, Stream) {}
+void segment_pool_backward(const SegmentPoolBackward&, Stream) {}
+void rank_among_earlier(const RankAmongEarlier&, Stream) {}
+void take_in_order(const TakeInOrder&, Stream) {}
 
 }  // namespace hymoe::kernels

@@ -221,4 +221,21 @@ Tensor rank_among_earlier(const Tensor& values, const Tensor& position) {
   return state.view({experts, size}).gather(1, place.narrow(1, 0, units)).div(size, "floor").t();
 }
 
+Tensor take_in_order(const Tensor& order, const Tensor& size, const Tensor& limit, const Tensor& begin,
+                     int64_t bucket) {
+  const Tensor pool = at::repeat_interleave(begin.diff(), std::optional<int64_t>(size.size(0)));
+  const Tensor most = limit.index_select(0, pool), first = begin.index_select(0, pool);
+  Tensor times = at::zeros_like(size);
+  std::vector<Tensor> taken{at::empty({size.size(0), 0}, size.options().dtype(at::kBool))};
+  for (const Tensor& ranked : order.unbind(1)) {
+    const Tensor free = (size > 0).logical_and(times < bucket).index_select(0, ranked);
+    const Tensor sum = at::constant_pad_nd((size.index_select(0, ranked) * free).cumsum(0), {1, 0});
+    const Tensor own = sum.slice(0, 1) - sum.index_select(0, first);
+    const Tensor column = at::zeros_like(free).scatter(0, ranked, free.logical_and(own <= most));
+    times = times + column;
+    taken.push_back(column.unsqueeze(1));
+  }
+  return at::cat(taken, 1);
+}
+
 }  // namespace hymoe::ops::plain

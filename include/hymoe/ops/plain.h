@@ -29,5 +29,7 @@ CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const T
                                   const Tensor& token_weights);
 Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding);
 Tensor rank_among_earlier(const Tensor& values, const Tensor& position);
+Tensor take_in_order(const Tensor& order, const Tensor& size, const Tensor& limit, const Tensor& begin,
+                     int64_t bucket);
 
 }  // namespace hymoe::ops::plain
