@@ -1,5 +1,6 @@
 #include <torch/types.h>
 
+#include "kernels/grouped.h"
 #include "kernels/permute.h"
 #include "kernels/segment.h"
 #include "kernels/sort.h"
@@ -27,5 +28,6 @@ void segment_pool(const SegmentPool&, Stream) {}
 void segment_pool_backward(const SegmentPoolBackward&, Stream) {}
 void rank_among_earlier(const RankAmongEarlier&, Stream) {}
 void take_in_order(const TakeInOrder&, Stream) {}
+void zero_without_rows(const ZeroWithoutRows&, Stream) {}
 
 }  // namespace hymoe::kernels
