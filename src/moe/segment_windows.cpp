@@ -20,7 +20,11 @@ Tensor quota(const Tensor& total, int64_t num_experts, double capacity) {
 }  // namespace
 
 Tensor to_device(const std::vector<int64_t>& values, const Tensor& like) {
-  return at::tensor(values, at::kLong).to(like.device(), /*non_blocking=*/true);
+  // Out of pinned memory a copy sets out while the host goes on.
+  const auto options = at::TensorOptions(at::kLong).pinned_memory(like.is_cuda());
+  Tensor host = at::empty({static_cast<int64_t>(values.size())}, options);
+  std::copy(values.begin(), values.end(), host.mutable_data_ptr<int64_t>());
+  return host.to(like.device(), /*non_blocking=*/true);
 }
 
 Windows cut_windows(const Tensor& x, const Packing& packing, int64_t length) {
