@@ -231,11 +231,10 @@ inline int __all_sync(unsigned lanes, int vote, std::source_location at = std::s
 template <class T>
 unsigned __match_any_sync(unsigned lanes, T value,
                           std::source_location at = std::source_location::current()) {
-  unsigned same = 0;
-  for (int lane = 0; lane < 32; ++lane) {
-    if (lanes >> lane & 1 && __shfl_sync(lanes, value, lane, at) == value) same |= 1u << lane;
-  }
-  return same;
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return hymoe::emulation::match(lanes, bits, at);
 }
 
 // Threads take turns, so that what each does between two barriers is atomic by itself.
