@@ -1,6 +1,7 @@
 #include "hymoe/moe/dispatcher.h"
 
 #include <numeric>
+#include <optional>
 
 #include <torch/types.h>
 
@@ -48,8 +49,8 @@ Dispatched Dispatcher::dispatch(const Tensor& x, const std::vector<Routing>& rou
   return d;
 }
 
-Dispatched Dispatcher::plan(const Tensor& x, const std::vector<Routing>& routings,
-                            const Tensor& padding) const {
+Dispatched Dispatcher::plan(const Tensor& x, const std::vector<Routing>& routings, const Tensor& padding,
+                            bool spare) const {
   TORCH_CHECK(x.dim() == 2, "Dispatcher: x must be [T, D], got ", x.sizes());
   TORCH_CHECK(routings.size() == num_experts_.size() && !routings.empty(), "Dispatcher: wanted ",
               num_experts_.size(), " routings, got ", routings.size());
@@ -75,8 +76,11 @@ Dispatched Dispatcher::plan(const Tensor& x, const std::vector<Routing>& routing
     all_ids = all_ids.masked_fill(padding.unsqueeze(1), -1);
     d.weights = d.weights * padding.logical_not().unsqueeze(1);
   }
-  d.permutation = ops::sort_by_expert(all_ids, num_local_ * ep_.size());
+  // Of several ranks each waits for the counts of all.
+  const auto slots = spare || ep_.size() > 1 ? std::optional(all_ids.numel()) : std::nullopt;
+  d.permutation = ops::sort_by_expert(all_ids, num_local_ * ep_.size(), slots);
   d.load = d.rows_per_expert = d.permutation.rows_per_expert;
+  d.counts = d.permutation.counts;
   if (ep_.size() > 1) count_arrivals(d);
   return d;
 }
@@ -86,15 +90,19 @@ void Dispatcher::count_arrivals(Dispatched& d) const {
   const std::vector<int64_t> one_each(ranks, 1);
   const Tensor sent = d.permutation.rows_per_expert.view({ranks, num_local_});
   const Tensor received = ep_.all_to_all(sent, one_each, one_each);
-  const Tensor rows = at::stack({sent, received}).sum(2).cpu();
+  const Tensor counts = at::stack({sent, received}).cpu(), rows = counts.sum(2);
   const int64_t* count = rows.const_data_ptr<int64_t>();
   d.send.assign(count, count + ranks);
   d.receive.assign(count + ranks, count + 2 * ranks);
+  d.counts = counts[1].sum(0);
+  d.permutation.source_row =
+      d.permutation.source_row.narrow(0, 0, std::accumulate(d.send.begin(), d.send.end(), int64_t{0}));
 
   const Tensor experts = at::arange(num_local_, received.options()).repeat({ranks});
   const int64_t total = std::accumulate(d.receive.begin(), d.receive.end(), int64_t{0});
   d.arrival = ops::sort_by_expert(
-      at::repeat_interleave(experts, received.flatten(), std::nullopt, total).unsqueeze(1), num_local_);
+      at::repeat_interleave(experts, received.flatten(), std::nullopt, total).unsqueeze(1), num_local_,
+      total);
   d.rows_per_expert = d.arrival.rows_per_expert;
 
   std::vector<Tensor> load;
@@ -121,8 +129,8 @@ Tensor Dispatcher::combine(const Tensor& rows, const Dispatched& d, const Tensor
                            const Tensor& base_weight) const {
   Tensor own = rows;
   if (ep_.size() > 1) {
-    const ops::Permutation back{d.rows_per_expert, d.arrival.slot_row.flatten(),
-                                d.arrival.source_row.unsqueeze(1)};
+    const ops::Permutation back{.source_row = d.arrival.slot_row.flatten(),
+                                .slot_row = d.arrival.source_row.unsqueeze(1)};
     own = RowExchange(ops::permute(rows, back), d.receive, d.send, ep_).finish();
   }
   return ops::unpermute(own, d.weights, d.permutation, base, base_weight);

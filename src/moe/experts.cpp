@@ -80,6 +80,10 @@ Tensor SwigluExperts::forward(const Tensor& rows, const Tensor& rows_per_expert)
   return ops::swiglu_experts(rows, gate_up_proj_, down_proj_, rows_per_expert);
 }
 
+bool SwigluExperts::counts_on_device(const Tensor& x) const {
+  return ops::counts_on_device(x, gate_up_proj_) && ops::counts_on_device(x, down_proj_);
+}
+
 SwigluImpl::SwigluImpl(int64_t dim, int64_t hidden, const Group& tp) {
   const auto matrix = [this](const char* name, const Shard& shard) {
     auto module = register_module(name, std::make_shared<torch::nn::Module>());

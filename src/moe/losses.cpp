@@ -64,8 +64,8 @@ Tensor RouterLosses::balance(const Choice& choice, const Packing& packing, bool 
   if (config_.balance_over == "sequence") {
     Tensor document = choice.document;
     if (!document.defined()) {
-      const auto rows = std::optional<int64_t>(packing.rows());
-      document = at::repeat_interleave(packing.offsets.diff(), rows).to(choice.scores.device());
+      const Tensor offsets = packing.offsets.to(choice.scores.device(), /*non_blocking=*/true);
+      document = at::repeat_interleave(offsets.diff(), std::optional<int64_t>(packing.rows()));
     }
     const Tensor counts =
         count_choices(choice.expert_ids, num_experts_, choice.unit_rows, document, packing.documents());

@@ -209,7 +209,12 @@ MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing, bool recompu
 
   Tensor shared_weight = shared_.is_empty() ? Tensor() : shared_coefficient(x, routings);
   Dispatched dispatched;
-  if (!branches_.empty()) dispatched = dispatcher_.plan(x, routings, packing.padding);
+  if (!branches_.empty()) {
+    // Nobody need wait for the number of rows where almost all slots have an expert, to spare a few rows.
+    const bool spare = branches_.size() == 1 && mesh_.ep.size() == 1 && chooses(config_.branches[0].router) &&
+                       branches_[0]->experts->counts_on_device(x);
+    dispatched = dispatcher_.plan(x, routings, packing.padding, spare);
+  }
   if (config_.fusion == "preserve") preserve(dispatched.weights, shared_weight);
   out.y = recompute ? compute_again(x, dispatched, shared_weight) : compute(x, dispatched, shared_weight);
   if (!branches_.empty()) out.load = load(routings, dispatched, packing, shared_weight);
@@ -310,17 +315,20 @@ Tensor MoEImpl::compute_again(const Tensor& x, const Dispatched& dispatched, con
 }
 
 Tensor MoEImpl::run_experts(const Dispatched& dispatched) const {
-  if (branches_.size() == 1)
-    return branches_[0]->experts->forward(dispatched.rows, dispatched.rows_per_expert);
   const std::vector<int64_t> experts = experts_of_branches(config_, mesh_.ep.size());
-  const auto counts = dispatched.rows_per_expert.cpu().split_with_sizes(experts);
-  std::vector<int64_t> rows;
-  for (const Tensor& count : counts) rows.push_back(count.sum().item<int64_t>());
-  const auto parts = dispatched.rows.split_with_sizes(rows);
-  const auto per_expert = dispatched.rows_per_expert.split_with_sizes(experts);
+  const auto run = [&](size_t b, const Tensor& rows, int64_t first_expert) {
+    Experts& pool = *branches_[b]->experts;
+    const Tensor& counts = pool.counts_on_device(rows) ? dispatched.rows_per_expert : dispatched.counts;
+    return pool.forward(rows, counts.narrow(0, first_expert, experts[b]));
+  };
+  if (branches_.size() == 1) return run(0, dispatched.rows, 0);
   std::vector<Tensor> results;
+  int64_t row = 0, expert = 0;
   for (size_t b = 0; b < branches_.size(); ++b) {
-    results.push_back(branches_[b]->experts->forward(parts[b], per_expert[b]));
+    const int64_t rows = dispatched.counts.narrow(0, expert, experts[b]).sum().item<int64_t>();
+    results.push_back(run(b, dispatched.rows.narrow(0, row, rows), expert));
+    row += rows;
+    expert += experts[b];
   }
   return at::cat(results);
 }

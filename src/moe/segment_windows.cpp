@@ -5,6 +5,8 @@
 
 #include <torch/types.h>
 
+#include "hymoe/ops/segment.h"
+
 namespace hymoe {
 namespace {
 
@@ -18,7 +20,11 @@ Tensor quota(const Tensor& total, int64_t num_experts, double capacity) {
 }  // namespace
 
 Tensor to_device(const std::vector<int64_t>& values, const Tensor& like) {
-  return at::tensor(values, at::kLong).to(like.device(), /*non_blocking=*/true);
+  // Out of pinned memory a copy sets out while the host goes on.
+  const auto options = at::TensorOptions(at::kLong).pinned_memory(like.is_cuda());
+  Tensor host = at::empty({static_cast<int64_t>(values.size())}, options);
+  std::copy(values.begin(), values.end(), host.mutable_data_ptr<int64_t>());
+  return host.to(like.device(), /*non_blocking=*/true);
 }
 
 Windows cut_windows(const Tensor& x, const Packing& packing, int64_t length) {
@@ -95,31 +101,17 @@ Tensor sliding_pool(const Tensor& x, const Tensor& position, int64_t length, boo
 
 Tensor expert_choice(const Tensor& scores, const Tensor& size, double capacity, int64_t bucket,
                      const Windows* by_document) {
-  const Tensor real = size > 0;
   Tensor order = std::get<1>(scores.sort(/*stable=*/true, 0, /*descending=*/true));
-  Tensor limit;  // of the pool of a place in the order
-  if (by_document == nullptr) {
-    limit = quota(size.sum(), scores.size(1), capacity);
-  } else {  // by document, and in each by score; the documents of the places are then those of the windows
-    const Tensor documents = by_document->document.unsqueeze(1).expand_as(order).gather(0, order);
-    order = order.gather(0, std::get<1>(documents.sort(/*stable=*/true, 0, /*descending=*/false)));
-    const Tensor seen = at::constant_pad_nd(size.cumsum(0), {1, 0});
-    const Tensor totals = seen.index_select(0, by_document->begin).diff();
-    limit = quota(totals, scores.size(1), capacity).index_select(0, by_document->document);
-  }
-  Tensor experts_of = at::zeros_like(size);
-  std::vector<Tensor> taken;
-  for (const Tensor& ranked : order.unbind(1)) {
-    const Tensor free = real.logical_and(experts_of < bucket).index_select(0, ranked);
-    Tensor sum = (size.index_select(0, ranked) * free).cumsum(0);
-    if (by_document != nullptr) {
-      const Tensor before = at::constant_pad_nd(sum, {1, 0}).index_select(0, by_document->begin);
-      sum = sum - before.index_select(0, by_document->document);
-    }
-    taken.push_back(at::zeros_like(real).scatter(0, ranked, free.logical_and(sum <= limit)));
-    experts_of = experts_of + taken.back();
-  }
-  return at::stack(taken, 1);
+  const auto take = [&](const Tensor& totals, const Tensor& begin) {
+    return ops::take_in_order(order, size, quota(totals, scores.size(1), capacity), begin, bucket);
+  };
+  if (by_document == nullptr)
+    return take(size.sum().unsqueeze(0), at::arange(2, size.options()) * size.size(0));
+  // By document, and in each by score.
+  const Tensor documents = by_document->document.unsqueeze(1).expand_as(order).gather(0, order);
+  order = order.gather(0, std::get<1>(documents.sort(/*stable=*/true, 0, /*descending=*/false)));
+  const Tensor seen = at::constant_pad_nd(size.cumsum(0), {1, 0});
+  return take(seen.index_select(0, by_document->begin).diff(), by_document->begin);
 }
 
 Tensor choice_cutoff(const Tensor& logits, const Tensor& size, double capacity) {

@@ -41,8 +41,8 @@ Tensor sliding_pool(const Tensor& x, const Tensor& position, int64_t length, boo
 
 /// [U, E] bool: experts in order each take windows of highest score among those that fewer than `bucket`
 /// experts have, while the sizes taken stay within sum of sizes·capacity / E, rounded down. size [U], 0 for
-/// padding. All windows are one pool, or, with `by_document`, those of each document. Every step is of a
-/// whole column, so the host never waits for a decision.
+/// padding. All windows are one pool, or, with `by_document`, those of each document. The host never
+/// waits for a decision.
 Tensor expert_choice(const Tensor& scores, const Tensor& size, double capacity, int64_t bucket,
                      const Windows* by_document);
 

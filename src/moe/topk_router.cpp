@@ -4,29 +4,10 @@
 
 #include "hymoe/config/config.h"
 #include "hymoe/ops/gates.h"
+#include "hymoe/ops/permute.h"
 #include "moe/token_rows.h"
 
 namespace hymoe {
-namespace {
-
-// [T, K]: how many choices of its expert come before each, by weight or, where that is undefined, by row.
-Tensor rank_within_expert(const Tensor& expert_ids, const Tensor& weights, int64_t experts) {
-  const Tensor key = at::where(expert_ids < 0, experts, expert_ids).reshape(-1);
-  Tensor order;
-  if (weights.defined()) {
-    order = at::argsort(weights.detach().reshape(-1), /*stable=*/true, 0, /*descending=*/true);
-    order = order.index_select(0, at::argsort(key.index_select(0, order), /*stable=*/true, 0, false));
-  } else {
-    order = at::argsort(key, /*stable=*/true, 0, /*descending=*/false);
-  }
-  const Tensor counts = count_choices(expert_ids, experts).squeeze(0);
-  const Tensor ends = counts.cumsum(0), first = at::cat({ends - counts, ends.slice(0, experts - 1)});
-  const Tensor rank =
-      at::arange(key.numel(), key.options()) - first.index_select(0, key.index_select(0, order));
-  return at::empty_like(key).scatter_(0, order, rank).view_as(expert_ids);
-}
-
-}  // namespace
 
 TopkRouter::TopkRouter(const RouterArgs& args)
     : config_(args.config),
@@ -76,7 +57,7 @@ void TopkRouter::drop(Routing& routing, const Tensor& real) const {
   // A whole number that the product misses by rounding is not to become the next one.
   const Tensor capacity = (rows.to(at::kDouble) * (share * (1 - 1e-9))).ceil();
   const bool by_weight = config_.drop == "probability";
-  const Tensor rank = rank_within_expert(ids, by_weight ? routing.weights : Tensor(), num_experts_);
+  const Tensor rank = ops::rank_within_expert(ids, num_experts_, by_weight ? routing.weights : Tensor());
   const Tensor kept = chosen.logical_and(rank < capacity);
   routing.expert_ids = ids.masked_fill(kept.logical_not(), -1);
   routing.weights = routing.weights * kept;

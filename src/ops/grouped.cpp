@@ -13,6 +13,7 @@
 #include "hymoe/ops/plain.h"
 #include "ops/cpu.h"
 #include "ops/device.h"
+#include "ops/grouped_at_once.h"
 #include "ops/swiglu.h"
 
 namespace hymoe::ops {
@@ -64,15 +65,16 @@ void zero(std::initializer_list<Tensor> gradients) {
 // Runs the experts f(e, first row, rows), each worker with its own f = make(). Experts of like size go to the
 // threads whole, the largest first: a product on one thread neither waits for others nor shares its work.
 // Where one expert has too many of the rows for that, experts go one by one and the products use the threads.
+// So they do on a GPU, where they wait for nobody.
 template <class Make>
-void for_experts(const std::vector<int64_t>& counts, const Make& make) {
+void for_experts(const std::vector<int64_t>& counts, bool on_device, const Make& make) {
   std::vector<int64_t> starts(counts.size()), order(counts.size());
   std::exclusive_scan(counts.begin(), counts.end(), starts.begin(), int64_t{0});
   std::iota(order.begin(), order.end(), 0);
   const int64_t threads = at::get_num_threads();
   const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   const int64_t largest = counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
-  if (threads == 1 || total == 0 || 2 * threads * largest > total) {
+  if (on_device || threads == 1 || total == 0 || 2 * threads * largest > total) {
     auto run = make();
     for (const int64_t e : order) run(e, starts[e], counts[e]);
     return;
@@ -99,7 +101,7 @@ struct GroupedProduct : Function<GroupedProduct> {
     ctx->save_for_backward({rows, weight});
     ctx->saved_data["counts"] = counts;
     Tensor y = cpu::empty({rows.size(0), weight.size(1)}, rows.options());
-    for_experts(counts, [&] {
+    for_experts(counts, device::takes(rows), [&] {
       return [&](int64_t e, int64_t start, int64_t n) {
         Tensor out = y.narrow(0, start, n);
         if (n > 0) at::mm_out(out, rows.narrow(0, start, n), weight[e].t());
@@ -115,7 +117,7 @@ struct GroupedProduct : Function<GroupedProduct> {
     Tensor d_rows, d_weight;
     if (ctx->needs_input_grad(0)) d_rows = cpu::empty(rows.sizes(), rows.options());
     if (ctx->needs_input_grad(1)) d_weight = cpu::empty(weight.sizes(), weight.options());
-    for_experts(counts, [&] {
+    for_experts(counts, device::takes(rows), [&] {
       return [&](int64_t e, int64_t start, int64_t n) {
         if (n == 0) return zero({d_weight.defined() ? d_weight[e] : Tensor()});
         const Tensor part = dy.narrow(0, start, n);
@@ -156,7 +158,7 @@ struct SwigluExperts : Function<SwigluExperts> {
     const int64_t hidden = down_proj.size(2);
     Tensor gate_up, y = cpu::empty(rows.sizes(), rows.options());
     if (keep) gate_up = cpu::empty({rows.size(0), 2 * hidden}, rows.options());
-    for_experts(counts, [&] {
+    for_experts(counts, device::takes(rows), [&] {
       return [&, h = scratch(counts, hidden, rows),
               passing = keep ? Tensor() : scratch(counts, 2 * hidden, rows)](int64_t e, int64_t start,
                                                                              int64_t n) mutable {
@@ -182,7 +184,7 @@ struct SwigluExperts : Function<SwigluExperts> {
     if (ctx->needs_input_grad(0)) d_rows = cpu::empty(rows.sizes(), rows.options());
     if (ctx->needs_input_grad(1)) d_gate_up_proj = cpu::empty(gate_up_proj.sizes(), rows.options());
     if (ctx->needs_input_grad(2)) d_down_proj = cpu::empty(down_proj.sizes(), rows.options());
-    for_experts(counts, [&] {
+    for_experts(counts, device::takes(rows), [&] {
       return [&, dh = scratch(counts, hidden, rows), d_gate_up = scratch(counts, 2 * hidden, rows)](
                  int64_t e, int64_t start, int64_t n) mutable {
         SwigluNetwork gradient{{d_gate_up_proj.defined() ? d_gate_up_proj[e] : Tensor()},
@@ -228,11 +230,17 @@ struct SwigluMlp : Function<SwigluMlp> {
 
 }  // namespace
 
+bool counts_on_device(const Tensor& rows, const Tensor& weight) {
+  return device::takes(rows) && rows.scalar_type() == at::kBFloat16 && weight.size(1) % 8 == 0 &&
+         weight.size(2) % 8 == 0;
+}
+
 Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert) {
   check_groups("grouped_mm", rows, weight, rows_per_expert);
+  if (counts_on_device(rows, weight)) return at_once::grouped_mm(rows, weight, rows_per_expert);
   const auto counts = to_vector(rows_per_expert);
   check_counts("grouped_mm", rows, counts);
-  if (!rows.is_cpu()) return plain::grouped_mm(rows, weight, rows_per_expert);
+  if (!device::fused(rows)) return plain::grouped_mm(rows, weight, rows_per_expert);
   return GroupedProduct::apply(rows, weight, counts);
 }
 
@@ -252,11 +260,13 @@ Tensor swiglu_experts(const Tensor& rows, const Tensor& gate_up_proj, const Tens
               gate_up_proj.sizes(), ", got ", down_proj.sizes());
   TORCH_CHECK(down_proj.scalar_type() == rows.scalar_type(), "swiglu_experts: rows are ", rows.scalar_type(),
               ", down_proj ", down_proj.scalar_type());
+  const bool keep = wants_gradient({rows, gate_up_proj, down_proj});
+  if (counts_on_device(rows, gate_up_proj) && counts_on_device(rows, down_proj))
+    return at_once::swiglu_experts(rows, gate_up_proj, down_proj, rows_per_expert, keep);
   const auto counts = to_vector(rows_per_expert);
   check_counts("swiglu_experts", rows, counts);
-  if (!rows.is_cpu()) return plain::swiglu_experts(rows, gate_up_proj, down_proj, rows_per_expert);
-  return SwigluExperts::apply(rows, gate_up_proj, down_proj, counts,
-                              wants_gradient({rows, gate_up_proj, down_proj}));
+  if (!device::fused(rows)) return plain::swiglu_experts(rows, gate_up_proj, down_proj, rows_per_expert);
+  return SwigluExperts::apply(rows, gate_up_proj, down_proj, counts, keep);
 }
 
 Tensor swiglu_mlp(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {

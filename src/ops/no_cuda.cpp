@@ -2,9 +2,12 @@
 
 #include "kernels/adamw.h"
 #include "kernels/cross_entropy.h"
+#include "kernels/grouped.h"
 #include "kernels/norm.h"
 #include "kernels/permute.h"
 #include "kernels/rotary.h"
+#include "kernels/segment.h"
+#include "kernels/sort.h"
 #include "kernels/swiglu.h"
 #include "ops/device.h"
 
@@ -36,5 +39,12 @@ int64_t rms_norm_parts(int64_t, int64_t) { return 0; }
 void rotary(const Rotary&, Stream) {}
 void swiglu(const Swiglu&, Stream) {}
 void swiglu_backward(const SwigluBackward&, Stream) {}
+void sort_by_expert(const SortByExpert&, Stream) {}
+void rank_within_expert(const RankWithinExpert&, Stream) {}
+void segment_pool(const SegmentPool&, Stream) {}
+void segment_pool_backward(const SegmentPoolBackward&, Stream) {}
+void rank_among_earlier(const RankAmongEarlier&, Stream) {}
+void take_in_order(const TakeInOrder&, Stream) {}
+void zero_without_rows(const ZeroWithoutRows&, Stream) {}
 
 }  // namespace hymoe::kernels

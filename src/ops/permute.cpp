@@ -1,6 +1,9 @@
 #include "hymoe/ops/permute.h"
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -10,6 +13,7 @@
 
 #include "hymoe/ops/plain.h"
 #include "kernels/permute.h"
+#include "kernels/sort.h"
 #include "ops/cpu.h"
 #include "ops/device.h"
 
@@ -19,6 +23,47 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
+
+void check_ids(const char* op, const Tensor& expert_ids) {
+  TORCH_CHECK(expert_ids.dim() == 2 && expert_ids.scalar_type() == at::kLong, op,
+              ": expert_ids must be [T, K] int64, got ", expert_ids.toString(), " ", expert_ids.sizes());
+}
+
+void check_id(const char* op, const int64_t* id, int64_t i, int64_t slots, int64_t num_experts) {
+  TORCH_CHECK(id[i] >= -1 && id[i] < num_experts, op, ": expert id ", id[i], " of row ", i / slots,
+              " is outside [-1, ", num_experts, ")");
+}
+
+Tensor sort_scratch(const Tensor& ids, int64_t num_experts) {
+  TORCH_CHECK(ids.numel() <= std::numeric_limits<int32_t>::max(), "expert_ids: more than 2^31 - 1 of them");
+  return at::empty({kernels::sort_blocks(ids.numel()), num_experts + 1}, ids.options().dtype(at::kInt));
+}
+
+Permutation sort_on_device(const Tensor& ids, int64_t num_experts, std::optional<int64_t> max_rows) {
+  const Tensor block_counts = sort_scratch(ids, num_experts);
+  const Tensor count = at::empty({num_experts + 1}, ids.options());
+  Permutation p{.rows_per_expert = count.narrow(0, 0, num_experts),
+                .source_row = at::empty({max_rows.value_or(ids.numel())}, ids.options()),
+                .slot_row = at::empty(ids.sizes(), ids.options())};
+  kernels::sort_by_expert({.expert_ids = device::data<int64_t>(ids),
+                           .block_counts = device::data<int32_t>(block_counts),
+                           .rows_per_expert = device::data<int64_t>(count),
+                           .slot_row = device::data<int64_t>(p.slot_row),
+                           .source_row = device::data<int64_t>(p.source_row),
+                           .num_slots = ids.numel(),
+                           .slots = ids.size(1),
+                           .num_experts = num_experts,
+                           .max_rows = p.source_row.numel()},
+                          device::stream(ids));
+  if (max_rows) return p;
+  const Tensor read = count.cpu();
+  const int64_t* counts = read.const_data_ptr<int64_t>();
+  TORCH_CHECK(counts[num_experts] == 0, "sort_by_expert: ", counts[num_experts],
+              " expert ids are outside [-1, ", num_experts, ")");
+  p.counts = read.narrow(0, 0, num_experts);
+  p.source_row = p.source_row.narrow(0, 0, std::accumulate(counts, counts + num_experts, int64_t{0}));
+  return p;
+}
 
 at::ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -102,7 +147,13 @@ Tensor gather_rows(const Tensor& x, const Tensor& source_row) {
   char* to = static_cast<char*>(rows.mutable_data_ptr());
   const int64_t* source = source_row.const_data_ptr<int64_t>();
   cpu::parallel_for(rows.size(0), cpu::row_grain(x.size(1)), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) std::memcpy(to + r * width, from + source[r] * width, width);
+    for (int64_t r = begin; r < end; ++r) {
+      if (source[r] >= 0) {
+        std::memcpy(to + r * width, from + source[r] * width, width);
+      } else {
+        std::memset(to + r * width, 0, width);
+      }
+    }
   });
   return rows;
 }
@@ -227,11 +278,11 @@ void check_unpermute(const Tensor& rows, const Tensor& weights, const Permutatio
 
 }  // namespace
 
-Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts) {
-  TORCH_CHECK(expert_ids.dim() == 2 && expert_ids.scalar_type() == at::kLong,
-              "sort_by_expert: expert_ids must be [T, K] int64, got ", expert_ids.toString(), " ",
-              expert_ids.sizes());
-  if (!expert_ids.is_cpu()) return plain::sort_by_expert(expert_ids, num_experts);
+Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts, std::optional<int64_t> max_rows) {
+  check_ids("sort_by_expert", expert_ids);
+  if (device::takes(expert_ids) && num_experts <= kernels::kMostSorted)
+    return sort_on_device(expert_ids.contiguous(), num_experts, max_rows);
+  if (!expert_ids.is_cpu()) return plain::sort_by_expert(expert_ids, num_experts, max_rows);
   const Tensor ids = expert_ids.contiguous();
   const int64_t slots = ids.size(1);
   const int64_t* id = ids.const_data_ptr<int64_t>();
@@ -239,28 +290,64 @@ Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts) {
   int64_t* counts = count.mutable_data_ptr<int64_t>();
   int64_t rows = 0;
   for (int64_t i = 0; i < ids.numel(); ++i) {
-    TORCH_CHECK(id[i] >= -1 && id[i] < num_experts, "sort_by_expert: expert id ", id[i], " of row ",
-                i / slots, " is outside [-1, ", num_experts, ")");
+    check_id("sort_by_expert", id, i, slots, num_experts);
     if (id[i] >= 0) {
       ++counts[id[i]];
       ++rows;
     }
   }
+  TORCH_CHECK(rows <= max_rows.value_or(rows), "sort_by_expert: ", rows,
+              " slots have an expert, max_rows is ", *max_rows);
   std::vector<int64_t> next(num_experts, 0);
   for (int64_t e = 1; e < num_experts; ++e) next[e] = next[e - 1] + counts[e - 1];
-  Tensor source_row = at::empty({rows}, ids.options());
+  Tensor source_row = at::empty({max_rows.value_or(rows)}, ids.options());
   int64_t *source = source_row.mutable_data_ptr<int64_t>(), *slot = slot_row.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < ids.numel(); ++i) {
     slot[i] = id[i] < 0 ? -1 : next[id[i]]++;
     if (id[i] >= 0) source[slot[i]] = i / slots;
   }
-  return {count, source_row, slot_row};
+  std::fill(source + rows, source + source_row.numel(), -1);
+  return {count, source_row, slot_row, count};
+}
+
+Tensor rank_within_expert(const Tensor& expert_ids, int64_t num_experts, const Tensor& weights) {
+  check_ids("rank_within_expert", expert_ids);
+  if (weights.defined()) {
+    TORCH_CHECK(weights.sizes() == expert_ids.sizes(), "rank_within_expert: weights must be ",
+                expert_ids.sizes(), ", got ", weights.sizes());
+    const Tensor order = at::argsort(weights.detach().reshape(-1), /*stable=*/true, 0, /*descending=*/true);
+    const Tensor ids = expert_ids.reshape(-1).index_select(0, order).unsqueeze(1);
+    const Tensor rank = rank_within_expert(ids, num_experts).squeeze(1);
+    return at::empty_like(rank).scatter_(0, order, rank).view_as(expert_ids);
+  }
+  const bool on_device = device::takes(expert_ids) && num_experts <= kernels::kMostSorted;
+  if (!on_device && !expert_ids.is_cpu()) return plain::rank_within_expert(expert_ids, num_experts);
+  const Tensor ids = expert_ids.contiguous();
+  Tensor rank = at::empty(ids.sizes(), ids.options());
+  if (on_device) {
+    const Tensor block_counts = sort_scratch(ids, num_experts);
+    kernels::rank_within_expert({.expert_ids = device::data<int64_t>(ids),
+                                 .block_counts = device::data<int32_t>(block_counts),
+                                 .rank = device::data<int64_t>(rank),
+                                 .num_slots = ids.numel(),
+                                 .num_experts = num_experts},
+                                device::stream(ids));
+    return rank;
+  }
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  int64_t* out = rank.mutable_data_ptr<int64_t>();
+  std::vector<int64_t> next(num_experts, 0);
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    check_id("rank_within_expert", id, i, ids.size(1), num_experts);
+    out[i] = id[i] < 0 ? -1 : next[id[i]]++;
+  }
+  return rank;
 }
 
 Tensor permute(const Tensor& x, const Permutation& permutation) {
   TORCH_CHECK(x.dim() == 2 && x.size(0) == permutation.slot_row.size(0), "permute: x must be [",
               permutation.slot_row.size(0), ", D], got ", x.sizes());
-  if (!device::fused(x)) return x.index_select(0, permutation.source_row);
+  if (!device::fused(x)) return plain::permute(x, permutation);
   return Permute::apply(x.contiguous(), permutation.source_row, permutation.slot_row);
 }
 

@@ -18,16 +18,40 @@ std::vector<int64_t> to_vector(const Tensor& x) {
 
 }  // namespace
 
-Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts) {
+Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts, std::optional<int64_t> max_rows) {
   const Tensor ids = expert_ids.reshape(-1);
-  const Tensor key = at::where(ids < 0, num_experts, ids);
-  const Tensor count = at::bincount(key, {}, num_experts + 1);
+  const Tensor key = at::where((ids < 0).logical_or(ids >= num_experts), num_experts, ids);
+  const Tensor count = at::zeros({num_experts + 1}, ids.options()).scatter_add(0, key, at::ones_like(key));
+  Tensor ends = at::constant_pad_nd(count.narrow(0, 0, num_experts).cumsum(0), {1, 0});
+  Permutation p;
+  if (!max_rows) {
+    const Tensor wrong = (ids < -1).logical_or(ids >= num_experts).sum();
+    const Tensor read = at::cat({ends.diff(), wrong.unsqueeze(0)}).cpu();
+    TORCH_CHECK(read[num_experts].item<int64_t>() == 0, "sort_by_expert: ", read[num_experts].item<int64_t>(),
+                " expert ids are outside [-1, ", num_experts, ")");
+    p.counts = read.narrow(0, 0, num_experts);
+    max_rows = p.counts.sum().item<int64_t>();
+  }
+  ends = ends.clamp_max(*max_rows);
+  p.rows_per_expert = ends.diff();
   const Tensor order = at::argsort(key, /*stable=*/true, 0, /*descending=*/false);
-  const Tensor taken = order.narrow(0, 0, ids.numel() - count[num_experts].item<int64_t>());
-  Tensor slot_row = at::full_like(ids, -1);
-  slot_row.scatter_(0, taken, at::arange(taken.numel(), ids.options()));
-  return {count.narrow(0, 0, num_experts), taken.div(expert_ids.size(1), "floor"),
-          slot_row.view_as(expert_ids)};
+  const Tensor place = at::arange(ids.numel(), ids.options()), placed = place < ends[num_experts];
+  p.slot_row = at::empty_like(ids).scatter_(0, order, at::where(placed, place, -1)).view_as(expert_ids);
+  const Tensor source = at::where(placed, order.div(expert_ids.size(1), "floor"), -1);
+  p.source_row = at::constant_pad_nd(source, {0, *max_rows - ids.numel()}, -1);
+  return p;
+}
+
+Tensor rank_within_expert(const Tensor& expert_ids, int64_t num_experts) {
+  const Permutation p = sort_by_expert(expert_ids, num_experts, expert_ids.numel());
+  const Tensor first = at::constant_pad_nd(p.rows_per_expert.cumsum(0), {1, 0});
+  const Tensor index = expert_ids.clamp(0, num_experts).reshape(-1);
+  return at::where(p.slot_row < 0, -1, p.slot_row - first.index_select(0, index).view_as(p.slot_row));
+}
+
+Tensor permute(const Tensor& x, const Permutation& permutation) {
+  const Tensor& source = permutation.source_row;
+  return x.index_select(0, source.clamp_min(0)).masked_fill((source < 0).unsqueeze(1), 0);
 }
 
 Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
@@ -206,6 +230,23 @@ Tensor rank_among_earlier(const Tensor& values, const Tensor& position) {
     state = at::empty_like(groups).scatter_(2, to, groups + at::where(high, 0, larger) * size);
   }
   return state.view({experts, size}).gather(1, place.narrow(1, 0, units)).div(size, "floor").t();
+}
+
+Tensor take_in_order(const Tensor& order, const Tensor& size, const Tensor& limit, const Tensor& begin,
+                     int64_t bucket) {
+  const Tensor pool = at::repeat_interleave(begin.diff(), std::optional<int64_t>(size.size(0)));
+  const Tensor most = limit.index_select(0, pool), first = begin.index_select(0, pool);
+  Tensor times = at::zeros_like(size);
+  std::vector<Tensor> taken{at::empty({size.size(0), 0}, size.options().dtype(at::kBool))};
+  for (const Tensor& ranked : order.unbind(1)) {
+    const Tensor free = (size > 0).logical_and(times < bucket).index_select(0, ranked);
+    const Tensor sum = at::constant_pad_nd((size.index_select(0, ranked) * free).cumsum(0), {1, 0});
+    const Tensor own = sum.slice(0, 1) - sum.index_select(0, first);
+    const Tensor column = at::zeros_like(free).scatter(0, ranked, free.logical_and(own <= most));
+    times = times + column;
+    taken.push_back(column.unsqueeze(1));
+  }
+  return at::cat(taken, 1);
 }
 
 }  // namespace hymoe::ops::plain

@@ -233,6 +233,15 @@ inline int __all_sync(unsigned lanes, int vote, std::source_location at = std::s
   return __ballot_sync(lanes, vote, at) == lanes;
 }
 
+template <class T>
+unsigned __match_any_sync(unsigned lanes, T value,
+                          std::source_location at = std::source_location::current()) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return hymoe::emulation::match(lanes, bits, at);
+}
+
 // Threads take turns, so that what each does between two barriers is atomic by itself.
 
 template <class T>

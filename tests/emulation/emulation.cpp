@@ -26,7 +26,7 @@ constexpr int kLanes = 32;
 constexpr size_t kStack = size_t{64} << 10;
 
 enum class State { kReady, kAtBlockBarrier, kInWarp, kEnded };
-enum class Meeting { kBarrier, kShuffle, kBallot };
+enum class Meeting { kBarrier, kShuffle, kBallot, kMatch };
 
 struct Thread {
   ucontext_t context = {};  // to begin; from then on `place`, without the system calls of contexts
@@ -155,6 +155,12 @@ bool release_warp(int index) {
            ", which does not take part");
     }
     thread.value = meeting == Meeting::kShuffle ? values[thread.source] : votes;
+    if (meeting == Meeting::kMatch) {
+      thread.value = 0;
+      for (int other = 0; other < kLanes; ++other) {
+        if (lanes >> other & 1 && values[other] == values[lane]) thread.value |= uint64_t{1} << other;
+      }
+    }
     thread.state = State::kReady;
   }
   if (meeting == Meeting::kBarrier) join_times(warp, lanes);
@@ -317,6 +323,10 @@ uint64_t shuffle(unsigned lanes, uint64_t value, int source, const std::source_l
 
 unsigned ballot(unsigned lanes, bool vote, const std::source_location& at) {
   return static_cast<unsigned>(meet(Meeting::kBallot, lanes, vote ? 1 : 0, 0, at));
+}
+
+unsigned match(unsigned lanes, uint64_t value, const std::source_location& at) {
+  return static_cast<unsigned>(meet(Meeting::kMatch, lanes, value, 0, at));
 }
 
 void note_access(const char* name, int64_t i, Access access, History& h) {

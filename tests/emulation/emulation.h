@@ -48,6 +48,7 @@ void block_barrier(const std::source_location& at);
 void warp_barrier(unsigned lanes, const std::source_location& at);
 uint64_t shuffle(unsigned lanes, uint64_t value, int source, const std::source_location& at);
 unsigned ballot(unsigned lanes, bool vote, const std::source_location& at);
+unsigned match(unsigned lanes, uint64_t value, const std::source_location& at);
 
 enum class Access { kRead, kWrite, kAtomic };
 

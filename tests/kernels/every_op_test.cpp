@@ -63,6 +63,7 @@ const std::map<std::string, std::function<Tensor()>> kLaunching = {
        return rms_norm(leaf({5, 4}), leaf({4}), 1e-5);
      }},
     {"sort_by_expert", [] { return sort_by_expert(ids(), 3).source_row, Tensor(); }},
+    {"rank_within_expert", [] { return rank_within_expert(ids(), 3), Tensor(); }},
     {"permute",
      [] {
        return permute(leaf({5, 4}), sort_by_expert(ids(), 3));
@@ -83,6 +84,11 @@ const std::map<std::string, std::function<Tensor()>> kLaunching = {
      [] {
        return rank_among_earlier(at::randn({5, 3}), at::arange(5)), Tensor();
      }},
+    {"take_in_order",
+     [] {
+       const Tensor order = at::arange(4).view({4, 1}), limit = at::ones({1}, at::kDouble);
+       return take_in_order(order, at::ones({4}, at::kLong), limit, ints({0, 4}), 1), Tensor();
+     }},
     {"sparse_mixer",
      [] {
        return sparse_mixer(leaf({5, 8}), {.top_k = 2}, sparse_mixer_noise(at::randn({5, 8}), 2)).weights;
@@ -92,6 +98,7 @@ const std::map<std::string, std::function<Tensor()>> kLaunching = {
 // The others, and what they are on a GPU.
 const std::map<std::string, std::string> kComposed = {
     {"attention", "at::scaled_dot_product_attention, document by document"},
+    {"counts_on_device", "asks"},
     {"grouped_mm", "at::_grouped_mm, or a product an expert"},
     {"recompute", "runs what it is given"},
     {"rotary_angles", "a few numbers on the CPU, once a model"},

@@ -19,7 +19,7 @@ TEST(SortByExpert, IsStableAndLeavesOutNone) {
 
 TEST(SortByExpert, EqualsThePlainSort) {
   const Tensor ids = at::randint(-1, 7, {100, 3}, at::TensorOptions(at::kLong));
-  const Permutation a = sort_by_expert(ids, 7), b = plain::sort_by_expert(ids, 7);
+  const Permutation a = sort_by_expert(ids, 7), b = plain::sort_by_expert(ids, 7, {});
   EXPECT_TRUE(a.rows_per_expert.equal(b.rows_per_expert));
   EXPECT_TRUE(a.source_row.equal(b.source_row));
   EXPECT_TRUE(a.slot_row.equal(b.slot_row));
@@ -36,16 +36,31 @@ TEST(SortByExpert, TakesNoRowsNoExpertAndAllToOne) {
 }
 
 TEST(SortByExpert, RefusesWrongIds) {
-  expect_error(
-      [] {
-        sort_by_expert(ints({0, 3, 1}).view({3, 1}), 3);
-      },
-      "sort_by_expert: expert id 3 of row 1 is outside [-1, 3)");
+  expect_error([] { sort_by_expert(ints({0, 3, 1}).view({3, 1}), 3); }, "outside [-1, 3)");
   expect_error(
       [] {
         sort_by_expert(at::zeros({3, 1}), 3);
       },
       "sort_by_expert: expert_ids must be [T, K] int64");
+}
+
+TEST(SortByExpert, FillsUpToMaxRows) {
+  const Permutation p = sort_by_expert(some_ids(), 4, 10);
+  EXPECT_TRUE(p.rows_per_expert.equal(ints({3, 1, 4, 0})));
+  EXPECT_TRUE(p.source_row.equal(ints({0, 2, 5, 3, 0, 1, 3, 5, -1, -1})));
+  EXPECT_TRUE(p.slot_row.equal(sort_by_expert(some_ids(), 4).slot_row));
+}
+
+TEST(RankWithinExpert, CountsTheSlotsBefore) {
+  const Tensor expected = ints({0, 0, -1, 1, 1, -1, 2, 0, -1, -1, 2, 3}).view({6, 2});
+  EXPECT_TRUE(rank_within_expert(some_ids(), 4).equal(expected));
+  EXPECT_TRUE(plain::rank_within_expert(some_ids(), 4).equal(expected));
+  EXPECT_TRUE(rank_within_expert(some_ids(), 4, at::ones({6, 2})).equal(expected));
+  const Tensor rising = at::arange(12, at::kFloat).view({6, 2});
+  EXPECT_TRUE(rank_within_expert(some_ids(), 4, rising)
+                  .equal(ints({3, 2, -1, 2, 1, -1, 1, 0, -1, -1, 0, 0}).view({6, 2})));
+  expect_error([] { rank_within_expert(some_ids(), 4, at::ones({12})); },
+               "rank_within_expert: weights must be [6, 2], got [12]");
 }
 
 TEST(Permute, CopiesRowsAndSumsTheirGradients) {

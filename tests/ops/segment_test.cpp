@@ -87,5 +87,36 @@ TEST(RankAmongEarlier, CountsTheLargerRowsOfTheDocumentBefore) {
   }
 }
 
+TEST(TakeInOrder, TakesWhatFitsAndWhatFewerThanBucketHave) {
+  const Tensor order = ints({2, 2, 0, 0, 1, 1, 3, 4, 4, 3}).view({5, 2}), size = ints({3, 0, 2, 4, 1});
+  const Tensor limit = at::tensor({5., 1.}, at::kDouble), begin = ints({0, 3, 5});
+  const auto expected = at::tensor({1, 0, 0, 0, 1, 0, 0, 0, 0, 1}).to(at::kBool).view({5, 2});
+  EXPECT_TRUE(take_in_order(order, size, limit, begin, 1).equal(expected));
+  EXPECT_TRUE(plain::take_in_order(order, size, limit, begin, 1).equal(expected));
+  expect_error(
+      [&] {
+        take_in_order(order, size, limit, ints({0, 5}), 1);
+      },
+      "take_in_order: limit must be [P] fp64 and begin [P + 1] int64");
+}
+
+TEST(TakeInOrder, EqualsThePlainComposition) {
+  for (const int64_t units : {0, 1, 40, 700}) {
+    const Tensor size = at::randint(0, 4, {units}, at::TensorOptions(at::kLong));
+    for (const int64_t bucket : {1, 2, 9}) {
+      const Tensor scores = at::randn({units, 5});
+      const Tensor half = ints({0, units / 2, units / 2, units});
+      // Each half in an order of its own.
+      const Tensor second = at::arange(units) >= units / 2;
+      const Tensor order = (scores + second.unsqueeze(1) * 100).argsort(/*stable=*/true, 0, false);
+      const Tensor limit = at::tensor({units / 10. + 0.5, 3., units / 5.}, at::kDouble);
+      const Tensor expected = plain::take_in_order(order, size, limit, half, bucket);
+      EXPECT_TRUE(take_in_order(order, size, limit, half, bucket).equal(expected)) << units << " " << bucket;
+      EXPECT_FALSE((expected.sum(1) > bucket).any().item<bool>());
+      EXPECT_GE(expected.sum().item<int64_t>(), units / 7);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace hymoe::ops

@@ -17,6 +17,7 @@ namespace hymoe {
 struct Dispatched {
   Tensor rows = {};             // [R, D] of all ranks for this rank's experts, sorted by expert
   Tensor rows_per_expert = {};  // [E] int64, this rank's experts of all branches one after another
+  Tensor counts = {};           // rows_per_expert on the CPU; undefined where nobody waits for it
   Tensor load = {};             // [E of all ranks] int64, as above: where this rank's own rows go
   Tensor weights = {};  // [T, K] fp32, of each row's slots (K of all branches), 0 where a slot is empty
   ops::Permutation permutation = {};  // of this rank's own rows
@@ -40,8 +41,11 @@ class Dispatcher {
   Dispatched dispatch(const Tensor& x, const std::vector<Routing>& routings,
                       const Tensor& padding = {}) const;
   /// Its three parts. plan decides all but the rows, and tells the other ranks how many come; send lets the
-  /// rows set out; receive waits for those that come.
-  Dispatched plan(const Tensor& x, const std::vector<Routing>& routings, const Tensor& padding = {}) const;
+  /// rows set out; receive waits for those that come. On a GPU the host waits once, for the counts. With
+  /// `spare`, on one rank, it does not: R is then that of experts in all slots, and rows for which there are
+  /// no slots come last, as zeros.
+  Dispatched plan(const Tensor& x, const std::vector<Routing>& routings, const Tensor& padding = {},
+                  bool spare = false) const;
   void send(const Tensor& x, Dispatched& dispatched) const;
   void receive(Dispatched& dispatched) const;
 

@@ -23,9 +23,13 @@ using at::Tensor;
 /// their names begin with the number of their expert.
 class Experts : public torch::nn::Module {
  public:
-  /// rows [R, D] sorted by expert, rows_per_expert [E] int64 -> [R, D]. An expert without rows gets a zero
-  /// gradient.
+  /// rows [R, D] sorted by expert, rows_per_expert [E] int64 on the CPU, R altogether -> [R, D]. An expert
+  /// without rows gets a zero gradient.
   virtual Tensor forward(const Tensor& rows, const Tensor& rows_per_expert) = 0;
+  /// Whether forward, for rows of the type and device of x, takes rows_per_expert on the device of rows, and
+  /// more rows than it adds up to, of which the last give anything, and have anything for gradients: the
+  /// layer then may not wait for the device.
+  virtual bool counts_on_device(const Tensor& /*x*/) const { return false; }
 };
 
 /// Where mesh.ep has several ranks, a pool of a user's is made twice: whole, without a mesh, for its fresh
@@ -48,6 +52,7 @@ class SwigluExperts : public Experts {
  public:
   explicit SwigluExperts(const ExpertsArgs& args);
   Tensor forward(const Tensor& rows, const Tensor& rows_per_expert) override;
+  bool counts_on_device(const Tensor& x) const override;
 
  private:
   Tensor gate_up_proj_, down_proj_;

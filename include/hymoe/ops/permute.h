@@ -1,5 +1,8 @@
 #pragma once
 
+#include <cstdint>
+#include <optional>
+
 #include <ATen/core/Tensor.h>
 
 namespace hymoe::ops {
@@ -9,15 +12,25 @@ using at::Tensor;
 /// Which row goes where when rows are sorted by expert; made once a MoE layer, used by permute and unpermute.
 struct Permutation {
   Tensor rows_per_expert = {};  ///< [E] int64, on the device of the ids
-  Tensor source_row = {};       ///< [R] int64: row of x that each dispatched row copies, by expert
+  Tensor source_row = {};       ///< [R] int64: row of x that each dispatched row copies, by expert; -1: none
   Tensor slot_row = {};         ///< [T, K] int64: dispatched row of slot (t, k), -1 where its id is -1
+  Tensor counts = {};           ///< rows_per_expert on the CPU; undefined where nobody has waited for it
 };
 
 /// Stable counting sort of the slots of expert_ids [T, K] int64 (-1: no expert) by expert, linear in T·K + E.
-/// Throws c10::Error when an id is outside [-1, num_experts).
-Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts);
+/// On a GPU it waits once, for `counts`, to know R. With `max_rows`, at least as many as there are slots with
+/// an expert, R is max_rows, the rows behind the last one used copy none, and nothing waits.
+/// Throws c10::Error when an id is outside [-1, num_experts) or max_rows is too small; a GPU that nobody
+/// waits for sorts such slots as of no expert instead.
+Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts,
+                           std::optional<int64_t> max_rows = std::nullopt);
 
-/// Rows of x [T, D] in dispatched order -> [R, D]. Differentiable.
+/// [T, K] int64: how many slots of the same expert come before each, in the order of expert_ids [T, K] int64
+/// or, with weights [T, K], of falling weight; -1 where the id is -1. Throws c10::Error when an id is outside
+/// [-1, num_experts); on a GPU, which nobody waits for, its rank is -1.
+Tensor rank_within_expert(const Tensor& expert_ids, int64_t num_experts, const Tensor& weights = {});
+
+/// Rows of x [T, D] in dispatched order -> [R, D], zeros where source_row is -1. Differentiable.
 Tensor permute(const Tensor& x, const Permutation& permutation);
 
 /// The way back, weighted: y[t] = base_weight[t]·base[t] + Σ_k weights[t, k]·rows[slot_row[t, k]] -> [T, D],

@@ -10,7 +10,9 @@
 /// path use it.
 namespace hymoe::ops::plain {
 
-Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts);
+Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts, std::optional<int64_t> max_rows);
+Tensor rank_within_expert(const Tensor& expert_ids, int64_t num_experts);
+Tensor permute(const Tensor& x, const Permutation& permutation);
 Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
                  const Tensor& base, const Tensor& base_weight);
 Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert);
@@ -30,5 +32,7 @@ void adamw_step(const AdamWStep& step, const Tensor& gradient, const Tensor& tar
                 const Tensor& exp_avg_sq, const Tensor& parameter);
 Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tensor& padding);
 Tensor rank_among_earlier(const Tensor& values, const Tensor& position);
+Tensor take_in_order(const Tensor& order, const Tensor& size, const Tensor& limit, const Tensor& begin,
+                     int64_t bucket);
 
 }  // namespace hymoe::ops::plain
