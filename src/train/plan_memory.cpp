@@ -35,7 +35,8 @@ double attention_bytes(const PlanSetting& s) {
   const double tp = static_cast<double>(s.tp.size), dim = static_cast<double>(s.model.dim);
   const double q = static_cast<double>(s.model.num_heads * s.model.head_size()) / tp;
   const double kv = static_cast<double>(s.model.num_kv_heads * s.model.head_size()) / tp;
-  return (2 * dim + 2 * q + 2 * kv) * s.type_bytes +
+  const double normed = s.model.qk_norm == "none" ? 0 : q + kv;
+  return (2 * dim + 2 * q + 2 * kv + normed) * s.type_bytes +
          kFloat * (1 + static_cast<double>(s.model.num_heads) / tp);
 }
 
@@ -86,7 +87,8 @@ FfnNumbers PlanSetting::ffn(bool moe) const {
   const double tp_size = static_cast<double>(tp.size), dim = static_cast<double>(model.dim);
   FfnNumbers n;
   if (!moe) {
-    n.kept = 2 * static_cast<double>(model.hidden) / tp_size;
+    const double products = model.ffn == "swiglu" && model.ffn_bias ? 3 : 2;
+    n.kept = products * static_cast<double>(model.hidden) / tp_size;
     return n;
   }
   const MoEConfig& layer = model.moe;

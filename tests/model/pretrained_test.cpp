@@ -218,27 +218,23 @@ TEST_F(Pretrained, BadConfigsAreNamed) {
     std::vector<std::string> words;
   };
   const Case cases[] = {
-      {"model_type", "gpt2", {"model_type", "llama, qwen2, hymoe"}},
+      {"model_type", "bert", {"model_type", "expected one of llama, ", "hymoe", "bert"}},
       {"model_type", nullptr, {"model_type", "missing"}},
       {"vocab_size", "many", {"vocab_size", "integer"}},
       {"hidden_size", nullptr, {"hidden_size", "missing"}},
       {"num_key_value_heads", 3, {"num_kv_heads"}},
       {"num_hidden_layers", 0, {"num_layers"}},
       {"hidden_act", "gelu", {"hidden_act", "silu", "gelu"}},
-      {"attention_bias", true, {"attention_bias"}},
-      {"mlp_bias", true, {"mlp_bias"}},
       {"rope_theta", 7.0, {"rope_parameters.rope_theta"}},
-      {"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}, {"rope_scaling.", "linear"}},
-      {"rope_parameters",
-       {{"rope_type", "llama3"}, {"rope_theta", 10000.0}},
-       {"rope_parameters.rope_type", "llama3"}},
+      {"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}, {"rope_scaling", "rope_parameters"}},
+      {"rope_scaling", {{"type", "yarn"}, {"factor", 2.0}}, {"rope_scaling.type", "yarn", "llama3"}},
+      {"rope_parameters", {{"rope_type", "llama3"}, {"rope_theta", 10000.0}}, {"rope_parameters.factor"}},
+      {"rope_parameters", {{"rope_type", "default"}, {"factor", 2.0}}, {"rope_parameters.factor"}},
       {"sliding_window", 1024, {"sliding_window"}},
       {"use_sliding_window", true, {"use_sliding_window"}},
-      {"layer_types", {"full_attention", "sliding_attention"}, {"layer_types", "sliding_attention"}},
       {"quantization_config", {{"bits", 4}}, {"quantization_config"}},
       {"attention_dropout", 0.1, {"attention_dropout"}},
       {"rope_interleaved", true, {"rope_interleaved"}},
-      {"partial_rotary_factor", 0.5, {"partial_rotary_factor"}},
   };
   for (const Case& c : cases) {
     const fs::path dir = save("m");
