@@ -41,6 +41,8 @@ json essence(ModelConfig config) {
   config.freeze.clear();
   config.head_dim = config.head_size();
   config.qkv_bias = config.has_qkv_bias();
+  config.rotary_dim = config.rotary_size();
+  if (config.positions == "learned") config.rope_theta = 1;
   if (static_cast<int64_t>(config.moe_layers.size()) == config.num_layers) config.hidden = 1;
   std::sort(config.moe_layers.begin(), config.moe_layers.end());
   std::sort(config.full_attention_layers.begin(), config.full_attention_layers.end());
@@ -83,7 +85,10 @@ ConfigFile ConfigFile::in(const std::filesystem::path& dir) {
 }
 
 const std::vector<Family>& families() {
-  static const std::vector<Family> all{llama_family(), mistral_family(), qwen2_family(), qwen3_family()};
+  static const std::vector<Family> all{llama_family(),     mistral_family(), qwen2_family(),
+                                       qwen3_family(),     mixtral_family(), qwen2_moe_family(),
+                                       qwen3_moe_family(), olmoe_family(),   phimoe_family(),
+                                       dots1_family(),     gpt2_family(),    gpt_neox_family()};
   return all;
 }
 

@@ -66,5 +66,13 @@ Family llama_family();
 Family mistral_family();
 Family qwen2_family();
 Family qwen3_family();
+Family mixtral_family();
+Family qwen2_moe_family();
+Family qwen3_moe_family();
+Family olmoe_family();
+Family phimoe_family();
+Family dots1_family();
+Family gpt2_family();
+Family gpt_neox_family();
 
 }  // namespace hymoe

@@ -1,6 +1,7 @@
 #include "model/family_parts.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 namespace hymoe {
@@ -12,7 +13,7 @@ using nlohmann::ordered_json;
 struct Rope {
   RopeConfig scaling = {};
   std::optional<double> theta = {};
-  double part = 1;  // of a head that rotates
+  std::optional<double> part = {};  // of a head that rotates
 };
 
 // What an object that says how to rotate says.
@@ -29,7 +30,8 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
   };
   const std::string type = file.get<std::string>("rope_type", file.get<std::string>("type", "default"));
   std::vector<std::string> known{"rope_type", "type", "rope_theta", "partial_rotary_factor"};
-  Rope rope{.part = number("partial_rotary_factor", 1.0)};
+  Rope rope;
+  if (file.find("partial_rotary_factor") != nullptr) rope.part = number("partial_rotary_factor");
   if (file.find("rope_theta") != nullptr) rope.theta = number("rope_theta");
   RopeConfig& scaling = rope.scaling;
   const auto original = [&] {
@@ -48,9 +50,17 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
                .high_freq_factor = number("high_freq_factor")};
     original();
     known.insert(known.end(), {"factor", "low_freq_factor", "high_freq_factor"});
+  } else if (type == "longrope" || type == "su") {
+    scaling = {.scaling = "longrope",
+               .short_factors = file.get<std::vector<double>>("short_factor"),
+               .long_factors = file.get<std::vector<double>>("long_factor"),
+               .short_scale = number("short_mscale"),
+               .long_scale = number("long_mscale")};
+    original();
+    known.insert(known.end(), {"short_factor", "long_factor", "short_mscale", "long_mscale"});
   } else if (type != "default") {
     fail(file.find("rope_type") != nullptr ? "rope_type" : "type",
-         "expected one of default, linear, llama3, got \"" + type + "\"");
+         "expected one of default, linear, llama3, longrope, got \"" + type + "\"");
   }
   for (const auto& [name, value] : object.items()) {
     if (std::find(known.begin(), known.end(), name) == known.end()) {
@@ -60,7 +70,9 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
   return rope;
 }
 
-void refuse_what_is_not_implemented(const ConfigFile& file) {
+}  // namespace
+
+void refuse_what_no_family_has(const ConfigFile& file) {
   file.expect("use_mrope", false);
   file.expect("rope_interleaved", false);
   file.expect("attention_dropout", 0.0);
@@ -68,6 +80,8 @@ void refuse_what_is_not_implemented(const ConfigFile& file) {
   file.expect("add_cross_attention", false);
   if (file.find("quantization_config") != nullptr) file.fail("quantization_config", "is not implemented");
 }
+
+namespace {
 
 std::vector<int64_t> read_token_ids(const ConfigFile& file, const std::string& key) {
   const json* value = file.find(key);
@@ -78,10 +92,10 @@ std::vector<int64_t> read_token_ids(const ConfigFile& file, const std::string& k
 
 }  // namespace
 
-void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta) {
+void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta, double default_part) {
   Rope rope;
   if (file.find("rope_theta") != nullptr) rope.theta = file.get<double>("rope_theta");
-  rope.part = file.get<double>("partial_rotary_factor", 1.0);
+  if (file.find("partial_rotary_factor") != nullptr) rope.part = file.get<double>("partial_rotary_factor");
   const char* before = nullptr;
   for (const char* key : {"rope_parameters", "rope_scaling"}) {
     if (file.find(key) == nullptr) continue;
@@ -92,15 +106,15 @@ void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta
     if (before != nullptr && here.scaling != rope.scaling)
       file.fail(key, std::string("differs from ") + before);
     if (!here.theta) here.theta = rope.theta;
-    if (here.part == 1) here.part = rope.part;
+    if (!here.part) here.part = rope.part;
     rope = std::move(here);
     before = key;
   }
   config.rope_theta = rope.theta.value_or(default_theta);
   config.rope = rope.scaling;
+  const double part = rope.part.value_or(default_part);
   // As transformers rounds it.
-  if (rope.part != 1)
-    config.rotary_dim = static_cast<int64_t>(rope.part * static_cast<double>(config.head_size()));
+  if (part != 1) config.rotary_dim = static_cast<int64_t>(part * static_cast<double>(config.head_size()));
 }
 
 void write_rope(const ModelConfig& config, ordered_json& out) {
@@ -116,6 +130,14 @@ void write_rope(const ModelConfig& config, ordered_json& out) {
     parameters["low_freq_factor"] = rope.low_freq_factor;
     parameters["high_freq_factor"] = rope.high_freq_factor;
     parameters["original_max_position_embeddings"] = rope.original_seq_len;
+  }
+  if (rope.scaling == "longrope") {
+    parameters["short_factor"] = rope.short_factors;
+    parameters["long_factor"] = rope.long_factors;
+    parameters["short_mscale"] = rope.short_scale;
+    parameters["long_mscale"] = rope.long_scale;
+    parameters["original_max_position_embeddings"] = rope.original_seq_len;
+    out["original_max_position_embeddings"] = rope.original_seq_len;
   }
   out["rope_theta"] = config.rope_theta;
   out["rope_parameters"] = parameters;
@@ -188,6 +210,21 @@ void write_windows_by_layer(const ModelConfig& config, ordered_json& out, bool h
   out["layer_types"] = types;
 }
 
+std::string read_gelu(const ConfigFile& file, const std::string& key) {
+  const auto name = file.get<std::string>(key, "gelu");
+  if (name == "gelu") return "gelu";
+  for (const char* tanh : {"gelu_new", "gelu_fast", "gelu_pytorch_tanh"}) {
+    if (name == tanh) return "gelu_tanh";
+  }
+  file.fail(key, "expected one of gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, got \"" + name + "\"");
+}
+
+std::vector<int64_t> all_layers(const ModelConfig& config) {
+  std::vector<int64_t> layers(config.num_layers);
+  std::iota(layers.begin(), layers.end(), 0);
+  return layers;
+}
+
 void set_qkv_bias(ModelConfig& config, bool bias) {
   config.qkv_bias.reset();
   if (config.has_qkv_bias() != bias) config.qkv_bias = bias;
@@ -209,7 +246,7 @@ void write_tokens(const ModelConfig& config, ordered_json& out) {
 }
 
 ModelConfig read_decoder(const ConfigFile& file, const std::string& family, const DecoderDefaults& defaults) {
-  refuse_what_is_not_implemented(file);
+  refuse_what_no_family_has(file);
   file.expect("hidden_act", "silu");
   ModelConfig c;
   c.family = family;

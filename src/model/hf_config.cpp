@@ -1,5 +1,6 @@
 #include <optional>
 #include <string>
+#include <utility>
 
 #include <c10/util/Exception.h>
 #include <nlohmann/json.hpp>
@@ -12,17 +13,14 @@
 namespace hymoe {
 namespace {
 
+constexpr std::pair<const char*, at::ScalarType> kTypes[] = {
+    {"float32", at::kFloat}, {"float16", at::kHalf}, {"bfloat16", at::kBFloat16}};
+
 std::string dtype_name(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return "float32";
-    case at::kHalf:
-      return "float16";
-    case at::kBFloat16:
-      return "bfloat16";
-    default:
-      TORCH_CHECK(false, "model_config_json: dtype must be float32, float16 or bfloat16, got ", dtype);
+  for (const auto& [name, type] : kTypes) {
+    if (type == dtype) return name;
   }
+  TORCH_CHECK(false, "model_config_json: dtype must be float32, float16 or bfloat16, got ", dtype);
 }
 
 nlohmann::ordered_json with_dtype(nlohmann::ordered_json json, at::ScalarType dtype) {
@@ -74,6 +72,16 @@ std::optional<bool> read_noncausal(const std::filesystem::path& dir) {
   const ConfigFile file = ConfigFile::in(dir);
   if (file.find("noncausal") == nullptr) return std::nullopt;
   return file.get<bool>("noncausal", false);
+}
+
+at::ScalarType read_dtype(const std::filesystem::path& dir) {
+  const ConfigFile file = ConfigFile::in(dir);
+  const char* key = file.find("dtype") != nullptr ? "dtype" : "torch_dtype";
+  const auto wanted = file.get<std::string>(key, "float32");
+  for (const auto& [name, type] : kTypes) {
+    if (name == wanted) return type;
+  }
+  file.fail(key, "expected one of float32, float16, bfloat16, got \"" + wanted + "\"");
 }
 
 nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype, bool noncausal) {

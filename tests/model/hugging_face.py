@@ -13,15 +13,22 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+def rope(theta, rope_type="default", **more):
+    return dict(rope_theta=theta, rope_type=rope_type, **more)
+
+
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, max_position_embeddings=96)
 HEADS = dict(SIZES, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
 LLAMA = dict(HEADS, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
 QWEN = dict(HEADS, rms_norm_eps=1e-6, bos_token_id=3, eos_token_id=[3, 4])
+QWEN_MOE = dict(QWEN, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24)
+PHIMOE = dict(LLAMA, num_local_experts=6, router_jitter_noise=0.2)
+LONG = dict(short_factor=[1.0, 1.5, 2.0, 3.0], long_factor=[2.0, 3.0, 4.0, 5.0], short_mscale=1.1, long_mscale=1.3)
+LONG |= dict(original_max_position_embeddings=96)
+DOTS = dict(HEADS, num_hidden_layers=4, n_routed_experts=6, num_experts_per_tok=3, moe_intermediate_size=24)
+DOTS |= dict(n_shared_experts=2, first_k_dense_replace=1, sliding_window=6, rope_parameters=rope(1e4))
+GPT2 = dict(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=96, bos_token_id=1, eos_token_id=2)
 PROMPT, GENERATED = 8, 64
-
-
-def rope(theta, rope_type="default", **more):
-    return dict(rope_theta=theta, rope_type=rope_type, **more)
 
 
 LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24)
@@ -37,6 +44,19 @@ MODELS = {
     "qwen1_5": ("Qwen2", dict(QWEN, num_key_value_heads=4, rope_parameters=rope(1e6))),
     "qwen2_windows": ("Qwen2", dict(QWEN, use_sliding_window=True, sliding_window=5, max_window_layers=2)),
     "qwen3": ("Qwen3", dict(QWEN, head_dim=12, attention_bias=True, tie_word_embeddings=True)),
+    "mixtral": ("Mixtral", dict(LLAMA, num_local_experts=4, sliding_window=9)),
+    "mixtral_stacked": ("Mixtral", dict(LLAMA, num_local_experts=4)),
+    "qwen2_moe": ("Qwen2Moe", dict(QWEN_MOE, shared_expert_intermediate_size=40, mlp_only_layers=[1])),
+    "qwen2_moe_stacked": ("Qwen2Moe", dict(QWEN_MOE, shared_expert_intermediate_size=8, norm_topk_prob=True)),
+    "qwen3_moe": ("Qwen3Moe", dict(QWEN_MOE, head_dim=12, norm_topk_prob=True, decoder_sparse_step=2)),
+    "phimoe": ("Phimoe", dict(PHIMOE, attention_bias=True, lm_head_bias=True, rope_parameters=rope(500.0, "longrope", **LONG))),
+    "phimoe_stacked": ("Phimoe", dict(PHIMOE, sliding_window=9, rope_parameters=rope(1e4))),
+    "dots1": ("Dots1", dict(DOTS, norm_topk_prob=True, routed_scaling_factor=2.5, max_window_layers=2)),
+    "gpt2": ("GPT2", dict(GPT2)),
+    "gpt2_untied": ("GPT2", dict(GPT2, n_inner=40, activation_function="gelu", tie_word_embeddings=False)),
+    "gpt_neox": ("GPTNeoX", dict(SIZES, num_attention_heads=4, rope_parameters=rope(1e4, partial_rotary_factor=0.5))),
+    "gpt_neox_sequential": ("GPTNeoX", dict(SIZES, num_attention_heads=4, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", rope_parameters=rope(1e4, partial_rotary_factor=1.0))),
+    "olmoe": ("Olmoe", dict(LLAMA, num_experts=6, num_experts_per_tok=3)),
 }
 
 
@@ -51,7 +71,7 @@ def make_model(name):
     family, options = MODELS[name]
     torch.manual_seed(len(name))
     config = getattr(transformers, family + "Config")(**options)
-    model = getattr(transformers, family + "ForCausalLM")(config).eval()
+    model = getattr(transformers, family + ("LMHeadModel" if family == "GPT2" else "ForCausalLM"))(config).eval()
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if key.endswith("inv_freq"):
