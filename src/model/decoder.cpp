@@ -76,6 +76,7 @@ AttentionImpl::AttentionImpl(const ModelConfig& config, const Mesh& mesh, int64_
       num_heads(config.num_heads / mesh.tp.size()),
       num_kv_heads(config.num_kv_heads / mesh.tp.size()),
       head_size(config.head_size()),
+      norm_of_heads(config.qk_norm == "head"),
       norm_eps(config.norm_eps),
       scale(rope_scale(config)),
       tp(mesh.tp) {
@@ -88,7 +89,7 @@ AttentionImpl::AttentionImpl(const ModelConfig& config, const Mesh& mesh, int64_
   o_proj = project("o_proj", num_heads * head_size, config.dim, config.o_bias);
   if (config.qk_norm == "none") return;
   const auto norm = [&](const char* name, int64_t heads) {
-    const int64_t size = config.qk_norm == "head" ? head_size : heads * head_size;
+    const int64_t size = norm_of_heads ? head_size : heads * head_size;
     return register_module(name, std::make_shared<WeightImpl>(std::vector<int64_t>{size}));
   };
   q_norm = norm("q_norm", num_heads);
@@ -100,7 +101,7 @@ Tensor AttentionImpl::normed(const Tensor& x, const WeightImpl* norm) const {
   const std::vector<int64_t> heads{x.size(0), x.size(1) / head_size, head_size};
   if (norm == nullptr) return x.view(heads);
   const Tensor& weight = norm->weight;
-  if (weight.size(0) == head_size) {  // of each head; every rank of tp has heads of its own
+  if (norm_of_heads) {  // every rank of tp has heads of its own
     return ops::rms_norm(x.view(heads), copy_to_ranks(weight, tp), norm_eps);
   }
   if (tp.size() == 1) return ops::rms_norm(x, weight, norm_eps).view(heads);

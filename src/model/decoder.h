@@ -54,6 +54,7 @@ struct AttentionImpl : torch::nn::Module {
   Tensor forward(const Tensor& x, const Rows& rows) const;
 
   int64_t layer, window, num_heads, num_kv_heads, head_size;
+  bool norm_of_heads;      // else of all of them together
   double norm_eps, scale;  // of rotating queries, for what longrope does to queries and keys
   Group tp;
   std::shared_ptr<LinearImpl> q_proj, k_proj, v_proj, o_proj;

@@ -43,7 +43,6 @@ json essence(ModelConfig config) {
   config.qkv_bias = config.has_qkv_bias();
   config.rotary_dim = config.rotary_size();
   if (config.positions == "learned") config.rope_theta = 1;
-  if (static_cast<int64_t>(config.moe_layers.size()) == config.num_layers) config.hidden = 1;
   std::sort(config.moe_layers.begin(), config.moe_layers.end());
   std::sort(config.full_attention_layers.begin(), config.full_attention_layers.end());
   if (config.moe_layers.empty()) config.moe = {};
@@ -55,24 +54,17 @@ json essence(ModelConfig config) {
   return to_json(config);
 }
 
-// The first setting in which two configs differ, and its value in the first; an empty path where none does.
-std::pair<std::string, json> first_difference(const json& a, const json& b) {
-  if (a == b) return {};
-  if (a.is_object() && b.is_object()) {
+// The path of the first setting in which two configs differ, and its value in the first where that is short.
+std::string first_difference(const json& a, const json& b) {
+  if ((a.is_object() && b.is_object()) || (a.is_array() && b.is_array() && a.size() == b.size())) {
     for (const auto& [key, value] : a.items()) {
-      auto found = first_difference(value, b.contains(key) ? b[key] : json());
-      if (value == (b.contains(key) ? b[key] : json())) continue;
-      return {key + (found.first.empty() ? "" : "." + found.first), found.second};
+      const json& other = a.is_object() ? b.at(key) : b.at(std::stoul(key));
+      if (value == other) continue;
+      const std::string rest = first_difference(value, other);
+      return rest.empty() || rest[0] == ' ' ? key + rest : key + "." + rest;
     }
   }
-  if (a.is_array() && b.is_array() && a.size() == b.size()) {
-    for (size_t i = 0; i < a.size(); ++i) {
-      if (a[i] == b[i]) continue;
-      auto found = first_difference(a[i], b[i]);
-      return {std::to_string(i) + (found.first.empty() ? "" : "." + found.first), found.second};
-    }
-  }
-  return {"", a};
+  return a.is_primitive() ? " " + a.dump() : "";
 }
 
 }  // namespace
@@ -107,10 +99,14 @@ nlohmann::ordered_json family_config_json(const Family& family, const ModelConfi
   } catch (const DataError& error) {
     throw ConfigError("", "family " + family.name + " cannot say it: " + error.what());
   }
-  const auto [key, value] = first_difference(essence(config), essence(back));
-  if (!key.empty()) {
-    throw ConfigError(key,
-                      "family " + family.name + " of Hugging Face has no word for it, got " + value.dump());
+  const auto all_experts = [](const ModelConfig& c) {
+    return static_cast<int64_t>(c.moe_layers.size()) == c.num_layers;
+  };
+  if (all_experts(config) || all_experts(back)) back.hidden = config.hidden;
+  const json ours = essence(config), theirs = essence(back);
+  if (ours != theirs) {
+    throw ConfigError("", "the family " + family.name + " of Hugging Face has no word for " +
+                              first_difference(ours, theirs));
   }
   return out;
 }

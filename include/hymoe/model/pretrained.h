@@ -31,8 +31,8 @@ at::ScalarType read_dtype(const std::filesystem::path& dir);
 /// "noncausal": true where Transformer::noncausal().
 nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype, bool noncausal);
 
-/// config.json of a model in its family's layout. Throws ConfigError naming the first setting that the family
-/// has no word for: several branches, a segment router, ….
+/// config.json of a model in its family's layout. Throws ConfigError naming a setting that the family has no
+/// word for: several branches, a segment router, ….
 nlohmann::ordered_json export_config_json(const ModelConfig& config, at::ScalarType dtype);
 
 /// A model from a folder: config.json, and model.safetensors or its shards in F32, F16 or BF16, with the
