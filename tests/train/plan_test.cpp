@@ -135,7 +135,8 @@ TEST(Plan, ActivationsAreThoseKeptAndTheirPeakIsNear) {
                               (config.dtype == "bfloat16" ? 2 : 4);
         const double activations = planned.memory_of("activations");
         const std::string what = std::string(dtype) + (recompute ? ", recompute" : "") +
-                                 (config.model.moe_layers.empty() ? ", dense" : ", hybrid");
+                                 (config.model.moe_layers.empty() ? ", dense " : ", hybrid ") +
+                                 config.model.norm + " " + config.model.qk_norm;
         EXPECT_NEAR((kept - output) / activations, 1, 0.03) << what;
         const double most = activations + planned.memory_of("logits") + planned.memory_of("in passing");
         EXPECT_GT(static_cast<double>(meter->most) / most, 0.7) << what;
