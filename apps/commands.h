@@ -18,6 +18,7 @@ namespace hymoe {
 // Each adds its command to the program; the command's callback does the work and throws what goes wrong.
 void add_config(CLI::App& program);
 void add_eval(CLI::App& program);
+void add_export(CLI::App& program);
 void add_generate(CLI::App& program);
 void add_inspect(CLI::App& program);
 void add_plan(CLI::App& program);

@@ -40,6 +40,7 @@ int main(int argc, char** argv) {
   hymoe::add_score(program);
   hymoe::add_tokenize(program);
   hymoe::add_inspect(program);
+  hymoe::add_export(program);
   hymoe::add_config(program);
   try {
     program.parse(argc, argv);

@@ -158,6 +158,28 @@ class Program(Workspace):
         self.assertEqual(json.loads(self.ok("inspect", "hybrid", "--json"))["moe_layers"], [0, 1])
         self.assertIn("moe_layers: [0,1]", self.ok("inspect", "hybrid"))
 
+    def test_export_writes_what_the_family_has_and_refuses_the_rest(self):
+        self.assertIn("qwen3_moe", self.ok("export", self.experts("qwen3_moe"), "exported"))
+        config = json.load(open("exported/config.json"))
+        self.assertEqual((config["model_type"], config["num_experts"]), ("qwen3_moe", 4))
+        names = json.loads(self.ok("inspect", "exported/model.safetensors", "--json"))["tensors"]
+        self.assertIn("model.layers.1.mlp.experts.3.up_proj.weight", names)
+        self.assertEqual(open("exported/tokenizer.json").read(), open("tokenizer/tokenizer.json").read())
+        prompt = ["--prompt", "fn add", "--max-new-tokens", "40", "--ignore-eos", "--json"]
+        self.assertEqual(self.ok("generate", "exported", *prompt), self.ok("generate", self.experts("qwen3_moe"), *prompt))
+        self.assertIn("moe", self.error("export", "hybrid", "refused"))
+        self.assertIn("qk_norm", self.error("export", self.experts("mixtral"), "refused"))
+        self.assertFalse(os.path.exists("refused"))
+
+    def experts(self, family):
+        """A checkpoint of a few steps of a model that only a family with q and k norms has."""
+        branch = "{name: token, num_experts: 4, hidden: 24, router: {top_k: 2}}"
+        more = f", family: {family}, qk_norm: head, moe_layers: [0, 1], moe: {{branches: [{branch}]}}"
+        write(f"{family}.yaml", MODEL % (more, "tokens", "runs") + f"name: {family}\nsteps: 3\n")
+        if not os.path.exists(f"runs/{family}"):
+            self.ok("train", f"{family}.yaml")
+        return os.path.join(f"runs/{family}", open(f"runs/{family}/latest").read().strip())
+
     def test_check_runs_the_laws_of_a_model(self):
         for path in ("hybrid", "runs/dense"):
             found = {row["law"]: row["outcome"] for row in json.loads(self.ok("inspect", path, "--check", "--json"))["check"]}

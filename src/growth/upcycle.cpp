@@ -68,6 +68,10 @@ ModelConfig hybrid_config(const ModelConfig& dense, const UpcycleConfig& config)
   }
   if (hybrid.moe_layers.empty())
     throw ConfigError("offset", "leaves no layer of " + std::to_string(dense.num_layers));
+  if (dense.ffn != "swiglu" || dense.ffn_bias) {
+    throw ConfigError("moe", "experts are swiglu networks without biases, but the dense FFN is " + dense.ffn +
+                                 (dense.ffn_bias ? " with biases" : ""));
+  }
   const auto check_hidden = [&](const std::string& key, int64_t hidden) {
     if (hidden == dense.hidden) return;
     throw ConfigError(key, "must be the dense FFN's width " + std::to_string(dense.hidden) + ", got " +

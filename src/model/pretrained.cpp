@@ -1,6 +1,7 @@
 #include "hymoe/model/pretrained.h"
 
 #include <algorithm>
+#include <functional>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -8,12 +9,14 @@
 #include <utility>
 #include <vector>
 
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
 #include "hymoe/config/error.h"
 #include "hymoe/io/file.h"
 #include "hymoe/model/sharding.h"
 #include "io/names.h"
+#include "model/family.h"
 
 namespace hymoe {
 namespace {
@@ -33,47 +36,82 @@ bool is_weight_type(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16;
 }
 
-// What a file's tensor is for: a part of it for this rank's `tensor`, which is undefined where the tensor is
-// another rank's.
+// A tensor of the model: this rank's part of it, undefined where it is another rank's, and where files have
+// it.
 struct Target {
+  std::string name;
   Shard shard;
   Tensor tensor;
   bool is_parameter;
+  std::vector<Piece> pieces = {};
 };
 
-std::unordered_map<std::string, Target> targets_of(const Transformer& model) {
-  std::unordered_map<std::string, Target> targets;
+std::vector<Target> targets_of(const Transformer& model) {
+  std::vector<Target> targets;
   const std::vector<ParameterShard> shards = parameter_shards(model);
   for (const WholeParameter& whole : whole_parameters(model)) {
-    Target& target = targets[whole.name];
-    target = {{.shape = whole.shape}, {}, true};
-    if (whole.index >= 0) target = {shards[whole.index].shard, shards[whole.index].parameter, true};
+    if (whole.index >= 0) {
+      targets.push_back({whole.name, shards[whole.index].shard, shards[whole.index].parameter, true});
+    } else {
+      targets.push_back({whole.name, {.shape = whole.shape}, {}, true});
+    }
   }
   for (const auto& item : model->named_buffers()) {
-    targets[item.key()] = {{.shape = item.value().sizes().vec()}, item.value(), false};
+    targets.push_back({item.key(), {.shape = item.value().sizes().vec()}, item.value(), false});
   }
   return targets;
 }
 
-void check_names_and_shapes(const SafetensorsFolder& files,
-                            const std::unordered_map<std::string, Target>& targets, bool tied) {
+bool any_name(const SafetensorsFolder& files, const std::function<bool(const std::string&)>& is) {
+  return std::any_of(files.names().begin(), files.names().end(), is);
+}
+
+// Finds in which of the family's layouts a folder is.
+void place(std::vector<Target>& targets, const SafetensorsFolder& files, const Family* family,
+           const ModelConfig& config) {
+  const bool stacked =
+      any_name(files, [](const std::string& name) { return name.ends_with(".experts.gate_up_proj"); });
+  const std::string prefix = family != nullptr ? family->prefix : "";
+  const bool headless = !any_name(files, [&](const std::string& name) { return name.starts_with(prefix); });
+  for (Target& target : targets) {
+    target.pieces = pieces_of(family, config, target.name, target.shard.shape, stacked);
+    for (Piece& piece : target.pieces) {
+      if (headless && piece.name.starts_with(prefix)) piece.name.erase(0, prefix.size());
+    }
+  }
+}
+
+struct Wanted {
+  std::vector<int64_t> shape;
+  std::optional<at::ScalarType> type;  // none: any that weights have
+};
+
+void check_names_and_shapes(const SafetensorsFolder& files, const std::vector<Target>& targets, bool native,
+                            const std::function<bool(const std::string&)>& may_be_left) {
+  std::unordered_map<std::string, Wanted> wanted;
+  for (const Target& target : targets) {
+    // A buffer of ours has its own type; a family's may be any.
+    const bool exact = native && !target.is_parameter;
+    for (const Piece& piece : target.pieces) {
+      wanted[piece.name] = {piece.shape, exact ? std::optional(target.tensor.scalar_type()) : std::nullopt};
+    }
+  }
   Names missing, extra, misshapen;
-  for (const auto& [name, target] : targets) {
+  for (const auto& [name, of] : wanted) {
     if (!files.contains(name)) missing.push_back(name);
   }
   std::sort(missing.begin(), missing.end());
   for (const std::string& name : files.names()) {
-    const auto it = targets.find(name);
-    if (it == targets.end()) {
-      if (!tied || name != "lm_head.weight") extra.push_back(name);
+    const auto it = wanted.find(name);
+    if (it == wanted.end()) {
+      if (!may_be_left(name)) extra.push_back(name);
       continue;
     }
     const TensorInfo& info = files.info(name);
-    const auto& [shard, tensor, is_parameter] = it->second;
-    const bool type_fits = is_parameter ? is_weight_type(info.dtype) : info.dtype == tensor.scalar_type();
-    if (shard.shape != info.shape || !type_fits) {
-      misshapen.push_back(to_text(name, " (expected ", at::IntArrayRef(shard.shape), ", got ", info.dtype,
-                                  " ", at::IntArrayRef(info.shape), ")"));
+    const auto& [shape, type] = it->second;
+    if (shape != info.shape || !(type ? info.dtype == *type : is_weight_type(info.dtype))) {
+      misshapen.push_back(to_text(name, " (expected ", at::IntArrayRef(shape), ", got ", info.dtype, " ",
+                                  at::IntArrayRef(info.shape), ")"));
     }
   }
   std::string text;
@@ -83,34 +121,66 @@ void check_names_and_shapes(const SafetensorsFolder& files,
   if (!text.empty()) throw DataError(files.path().string(), text);
 }
 
+Tensor part_of(const View& view, const Tensor& whole) { return view ? view(whole) : whole; }
+
+// A tensor out of parts of others. Its parts must be all of it.
+Tensor assemble(const std::string& name, const std::vector<int64_t>& shape, at::ScalarType dtype,
+                const std::vector<std::pair<View, Tensor>>& parts) {
+  if (parts.size() == 1 && !parts[0].first) return parts[0].second;
+  Tensor whole = at::empty(shape, dtype);
+  int64_t filled = 0;
+  for (const auto& [here, part] : parts) {
+    part_of(here, whole).copy_(part);
+    filled += part.numel();
+  }
+  TORCH_CHECK(filled == whole.numel(), "the family's parts of ", name, " are ", filled, " numbers of ",
+              whole.numel());
+  return whole;
+}
+
+// Reads one tensor of ours.
+Tensor read_whole(const SafetensorsFolder& files, const Target& target, at::ScalarType dtype) {
+  std::vector<std::pair<View, Tensor>> parts;
+  for (const Piece& piece : target.pieces) {
+    parts.emplace_back(piece.here, part_of(piece.there, files.tensor(piece.name)));
+  }
+  return assemble(target.name, target.shard.shape, dtype, parts);
+}
+
+// A tied output matrix may be in files too, if it is the embedding.
+void check_tied(const SafetensorsFolder& files, const std::string& embedding) {
+  constexpr const char* kHead = "lm_head.weight";
+  if (!files.contains(kHead) || files.tensor(kHead).equal(files.tensor(embedding))) return;
+  throw DataError(files.file_with(kHead).path().string() + ": " + kHead,
+                  "differs from " + embedding + ", but config.json ties them");
+}
+
 // Parameters become `dtype` if one is given, and everything goes to `device` if one is given.
 void fill(Transformer& model, const std::filesystem::path& dir, std::optional<at::Device> device,
           std::optional<at::ScalarType> dtype) {
   const torch::NoGradGuard no_grad;
   const SafetensorsFolder files(dir);
-  auto targets = targets_of(model);
+  const Family* family = find_family(ConfigFile::in(dir).get<std::string>("model_type"));
+  std::vector<Target> targets = targets_of(model);
+  place(targets, files, family, model->config());
   const bool tied = model->config().tie_embeddings;
-  check_names_and_shapes(files, targets, tied);
-  for (const std::string& name : files.names()) {
-    const Tensor value = files.tensor(name);
-    const auto it = targets.find(name);
-    if (it == targets.end()) {
-      if (!value.equal(files.tensor("model.embed_tokens.weight"))) {
-        throw DataError(files.file_with(name).path().string() + ": " + name,
-                        "differs from model.embed_tokens.weight, but config.json ties them");
-      }
-      continue;
-    }
-    auto& [shard, target, is_parameter] = it->second;
-    if (!target.defined()) continue;
-    const at::ScalarType to_dtype =
-        is_parameter ? dtype.value_or(target.scalar_type()) : target.scalar_type();
-    const at::Device to_device = device.value_or(target.device());
-    if (target.scalar_type() == to_dtype && target.device() == to_device) {
-      target.copy_(shard.part_of(value));
+  check_names_and_shapes(files, targets, family == nullptr, [&](const std::string& name) {
+    if (tied && name == "lm_head.weight") return true;
+    return family != nullptr && std::any_of(family->unused.begin(), family->unused.end(),
+                                            [&](const std::string& end) { return name.ends_with(end); });
+  });
+  for (Target& target : targets) {
+    if (tied && target.name == "model.embed_tokens.weight") check_tied(files, target.pieces.front().name);
+    Tensor& to = target.tensor;
+    if (!to.defined()) continue;
+    const at::ScalarType to_dtype = target.is_parameter ? dtype.value_or(to.scalar_type()) : to.scalar_type();
+    const at::Device to_device = device.value_or(to.device());
+    const Tensor part = target.shard.part_of(read_whole(files, target, to_dtype));
+    if (to.scalar_type() == to_dtype && to.device() == to_device) {
+      to.copy_(part);
     } else {
-      target.set_data(shard.part_of(value).to(to_device, to_dtype, /*non_blocking=*/false, /*copy=*/true,
-                                              at::MemoryFormat::Contiguous));
+      to.set_data(
+          part.to(to_device, to_dtype, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous));
     }
   }
 }
@@ -142,6 +212,37 @@ std::vector<WrittenFile> write_pretrained(const Transformer& model, const std::f
                     model_config_json(model->config(), dtype, model->noncausal()).dump(2) + "\n");
   if (!tokenizer_dir.empty()) copy_tokenizer_files(tokenizer_dir, folder);
   return write_safetensors_sharded(folder, "model", tensors, kMaxShardBytes);
+}
+
+void export_pretrained(const Transformer& model, const std::filesystem::path& dir,
+                       const std::filesystem::path& tokenizer_dir) {
+  const Family* family = find_family(model->config().family);
+  std::vector<Target> targets = targets_of(model);
+  const at::ScalarType dtype = targets.front().tensor.scalar_type();
+  const auto config = export_config_json(model->config(), dtype);
+  // Tensors of the family's, each out of parts of ours.
+  std::vector<TensorSpec> specs;
+  std::unordered_map<std::string, std::vector<std::pair<View, Tensor>>> parts;
+  for (const Target& target : targets) {
+    const Tensor ours = target.tensor.detach();
+    for (const Piece& piece : pieces_of(family, model->config(), target.name, target.shard.shape, false)) {
+      auto& of = parts[piece.name];
+      if (of.empty()) specs.push_back({piece.name, ours.scalar_type(), piece.shape});
+      of.emplace_back(piece.there, part_of(piece.here, ours));
+    }
+  }
+  if (dir.has_parent_path()) std::filesystem::create_directories(dir.parent_path());
+  AtomicDirectory directory(dir);
+  const SafetensorsLayout layout("model", specs, kMaxShardBytes);
+  layout.create(directory.folder());
+  for (const TensorSpec& spec : specs) {
+    const Tensor whole = assemble(spec.name, spec.shape, spec.dtype, parts[spec.name]).cpu().contiguous();
+    layout.write(directory.folder(), {TensorPart::whole(spec.name, whole)});
+  }
+  if (!layout.index().empty()) write_file_atomic(directory.folder() / layout.index_name(), layout.index());
+  write_file_atomic(directory.folder() / "config.json", config.dump(2) + "\n");
+  if (!tokenizer_dir.empty()) copy_tokenizer_files(tokenizer_dir, directory.folder());
+  directory.commit();
 }
 
 void save_pretrained(const Transformer& model, const std::filesystem::path& dir,

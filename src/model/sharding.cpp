@@ -63,15 +63,16 @@ void place_expert(Named& named, const Branch& branch, size_t rest_at, const Mesh
   }
 }
 
-std::vector<Split> splits_of(std::string_view name, const Split& tp) {
+std::vector<Split> splits_of(std::string_view name, const ModelConfig& config, const Split& tp) {
   const auto is_one_of = [&](std::initializer_list<std::string_view> ends) {
     return std::any_of(ends.begin(), ends.end(), [&](auto end) { return name.ends_with(end); });
   };
-  if (is_one_of({"model.embed_tokens.weight", "lm_head.weight", ".q_proj.weight", ".k_proj.weight",
-                 ".v_proj.weight", ".q_proj.bias", ".k_proj.bias", ".v_proj.bias", ".gate_proj.weight",
-                 ".up_proj.weight"})) {
+  if (is_one_of({"model.embed_tokens.weight", "lm_head.weight", "lm_head.bias", ".q_proj.weight",
+                 ".k_proj.weight", ".v_proj.weight", ".q_proj.bias", ".k_proj.bias", ".v_proj.bias",
+                 ".gate_proj.weight", ".up_proj.weight", ".gate_proj.bias", ".up_proj.bias"})) {
     return {tp};
   }
+  if (config.qk_norm == "projection" && is_one_of({".q_norm.weight", ".k_norm.weight"})) return {tp};
   if (is_one_of({".o_proj.weight", ".down_proj.weight"})) return {{}, tp};
   return {};
 }
@@ -86,7 +87,7 @@ std::vector<Named> named_shards(const TransformerImpl& model) {
     const auto branch = std::find_if(branches.begin(), branches.end(),
                                      [&](const Branch& b) { return item.key().starts_with(b.prefix); });
     if (branch == branches.end()) {
-      shard.splits = splits_of(shard.name, {mesh.tp.rank(), mesh.tp.size()});
+      shard.splits = splits_of(shard.name, model.config(), {mesh.tp.rank(), mesh.tp.size()});
     } else if (const std::string pool = branch->prefix + "experts."; item.key().starts_with(pool)) {
       place_expert(named, *branch, pool.size(), mesh);
     }

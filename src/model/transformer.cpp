@@ -7,12 +7,14 @@
 #include <string_view>
 #include <utility>
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
@@ -20,9 +22,8 @@
 #include "hymoe/config/config.h"
 #include "hymoe/model/sharding.h"
 #include "hymoe/ops/cross_entropy.h"
-#include "hymoe/ops/norm.h"
-#include "hymoe/ops/rotary.h"
 #include "model/decoder.h"
+#include "model/rope.h"
 
 namespace hymoe {
 namespace {
@@ -104,9 +105,10 @@ TransformerImpl::TransformerImpl(ModelConfig config, Mesh mesh, Init init)
   model_ = register_module("model", std::make_shared<DecoderImpl>(config_, mesh_));
   if (!config_.tie_embeddings) {
     lm_head_ = register_module(
-        "lm_head", std::make_shared<LinearImpl>(config_.dim, config_.vocab_size / mesh_.tp.size(), false));
+        "lm_head",
+        std::make_shared<LinearImpl>(config_.dim, config_.vocab_size / mesh_.tp.size(), config_.logits_bias));
   }
-  inv_freq_ = ops::rotary_angles(config_.head_size(), config_.rope_theta);
+  inv_freq_ = rope_angles(config_);
   if (init == Init::kRandom) reset_parameters();
 }
 
@@ -122,22 +124,28 @@ void TransformerImpl::reset_parameters() {
     const auto& [shard, part, expert, tp_copy] = whole.index < 0 ? none : shards[whole.index];
     if (is_one_of({"norm.weight"})) {
       if (part.defined()) part.fill_(1);
-    } else if (is_one_of({"_proj.bias"})) {
+    } else if (is_one_of({"_proj.bias", "norm.bias", "lm_head.bias"})) {
       if (part.defined()) part.zero_();
     } else if (is_one_of({".experts.gate_up_proj", ".experts.down_proj"})) {
       draw_experts(shard, part, whole.name.ends_with("down_proj") ? residual_std : kInitStd);
     } else if (is_one_of({"o_proj.weight", "down_proj.weight"})) {
       draw(shard, part, residual_std);
-    } else if (is_one_of({"embed_tokens.weight", "lm_head.weight", "q_proj.weight", "k_proj.weight",
-                          "v_proj.weight", "gate_proj.weight", "up_proj.weight"})) {
+    } else if (is_one_of({"embed_tokens.weight", "embed_positions.weight", "lm_head.weight", "q_proj.weight",
+                          "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"})) {
       draw(shard, part, kInitStd);
     }
   }
 }
 
-// Each rank of mesh.tp looks up the tokens that it has.
-Tensor TransformerImpl::embed(const Tensor& tokens) const {
+Tensor TransformerImpl::embed(const Tensor& tokens, const Tensor& positions) const {
   const Where where("the embedding");
+  const Tensor x = look_up(tokens);
+  const auto& learned = model_->embed_positions;
+  return learned ? x + at::embedding(learned->weight, positions) : x;
+}
+
+// Each rank of mesh.tp looks up the tokens that it has.
+Tensor TransformerImpl::look_up(const Tensor& tokens) const {
   const Tensor& weight = model_->embed_tokens->weight;
   const Tensor ids = tokens.to(weight.device());
   if (mesh_.tp.size() == 1) return at::embedding(weight, ids);
@@ -147,18 +155,22 @@ Tensor TransformerImpl::embed(const Tensor& tokens) const {
   return sum_over_ranks(found.masked_fill(elsewhere.unsqueeze(1), 0), mesh_.tp);
 }
 
+Tensor TransformerImpl::angles_on(at::Device device) const {
+  return inv_freq_.defined() ? inv_freq_.to(device) : inv_freq_;
+}
+
 ModelOutput TransformerImpl::hidden(const Tensor& tokens, const Packing& packing, KVCache* cache) {
   check_packing(tokens, packing, config_, cache);
   const torch::AutoGradMode grad(torch::GradMode::is_enabled() && cache == nullptr);
   const auto device = model_->embed_tokens->weight.device();
-  Rows rows{packing, make_positions(packing, cache).to(device), inv_freq_.to(device), cache, recompute_};
+  Rows rows{packing, make_positions(packing, cache).to(device), angles_on(device), cache, recompute_};
   if (cache != nullptr) rows.packing.state = &cache->state();
 
   ModelOutput output;
-  output.aux_loss = at::zeros({}, rows.inv_freq.options());
-  Tensor x = embed(tokens);
+  output.aux_loss = at::zeros({}, at::TensorOptions(at::kFloat).device(device));
+  Tensor x = embed(tokens, rows.positions);
   for (const auto& layer : model_->layers) x = layer->forward(std::move(x), rows, output);
-  output.hidden = ops::rms_norm(x, model_->norm->weight, config_.norm_eps);
+  output.hidden = model_->norm->forward(x);
   if (cache != nullptr) cache->advance(packing.offsets);
   return output;
 }
@@ -169,7 +181,8 @@ const Tensor& TransformerImpl::output_weight() const {
 
 Tensor TransformerImpl::logits(const Tensor& hidden) const {
   const Tensor& weight = output_weight();
-  const Tensor part = at::linear(copy_to_ranks(hidden, mesh_.tp), weight);
+  const Tensor part =
+      at::linear(copy_to_ranks(hidden, mesh_.tp), weight, lm_head_ ? lm_head_->bias : Tensor());
   if (mesh_.tp.size() == 1) return part;
   const int64_t before = mesh_.tp.rank() * weight.size(0),
                 after = config_.vocab_size - before - weight.size(0);
@@ -185,22 +198,27 @@ LossOutput TransformerImpl::loss(const Tensor& tokens, const Tensor& targets, co
                                  [&](Tensor& x) { tp.all_reduce_max(x); },
                                  [&](Tensor& x) { tp.all_reduce_sum(x); }};
   const Where where("the cross-entropy");
+  Tensor h = copy_to_ranks(output.hidden, tp), weight = output_weight();
+  if (config_.logits_bias) {  // the weight of one channel more, which is 1
+    h = at::cat({h, at::ones({h.size(0), 1}, h.options())}, 1);
+    weight = at::cat({weight, lm_head_->bias.unsqueeze(1)}, 1);
+  }
   auto [loss, nll] = ops::linear_cross_entropy(
-      copy_to_ranks(output.hidden, tp), output_weight(), targets.to(device),
-      token_weights.defined() ? token_weights.to(device) : token_weights, 0, tp.size() > 1 ? &part : nullptr);
+      h, weight, targets.to(device), token_weights.defined() ? token_weights.to(device) : token_weights, 0,
+      tp.size() > 1 ? &part : nullptr);
   return {loss, nll, output.aux_loss, std::move(output.loads)};
 }
 
 std::string TransformerImpl::first_non_finite(const Tensor& tokens, const Packing& packing) {
   const torch::NoGradGuard no_grad;
   const auto device = model_->embed_tokens->weight.device();
-  const Rows rows{packing, make_positions(packing, nullptr).to(device), inv_freq_.to(device), nullptr, false};
+  const Rows rows{packing, make_positions(packing, nullptr).to(device), angles_on(device), nullptr, false};
   ModelOutput output;
-  output.aux_loss = at::zeros({}, rows.inv_freq.options());
+  output.aux_loss = at::zeros({}, at::TensorOptions(at::kFloat).device(device));
   const auto finite = [](const Tensor& tensor) { return at::isfinite(tensor).all().item<bool>(); };
   // Ranks go on, or stop, together.
   const auto all_finite = [&](bool here) {
-    Tensor bad = at::full({1}, here ? 0.0 : 1.0, rows.inv_freq.options());
+    Tensor bad = at::full({1}, here ? 0.0 : 1.0, output.aux_loss.options());
     mesh_.world.all_reduce_max(bad);
     return bad.item<float>() == 0;
   };
@@ -211,7 +229,7 @@ std::string TransformerImpl::first_non_finite(const Tensor& tokens, const Packin
   if (!all_finite(parameter.empty())) {
     return (parameter.empty() ? "a parameter of another rank" : parameter) + " is not finite";
   }
-  Tensor x = embed(tokens);
+  Tensor x = embed(tokens, rows.positions);
   for (const auto& layer : model_->layers) {
     x = layer->forward(std::move(x), rows, output);
     const std::string name = "model.layers." + std::to_string(layer->layer);
@@ -271,9 +289,11 @@ int64_t TransformerImpl::num_active_params() const {
 }
 
 double TransformerImpl::flops_per_token(int64_t seq_len) const {
-  const int64_t looked_up = config_.tie_embeddings ? 0 : config_.vocab_size * config_.dim;
-  const int64_t attention = config_.num_layers * seq_len * config_.num_heads * config_.head_size();
-  return 6.0 * static_cast<double>(num_active_params() - looked_up + attention);
+  int64_t looked_up = config_.tie_embeddings ? 0 : config_.vocab_size * config_.dim;
+  if (model_->embed_positions) looked_up += config_.max_seq_len * config_.dim;
+  const double attention =
+      config_.attention_span(seq_len) * static_cast<double>(config_.num_heads * config_.head_size());
+  return 6.0 * (static_cast<double>(num_active_params() - looked_up) + attention);
 }
 
 }  // namespace hymoe

@@ -52,6 +52,7 @@ double share_of(const std::string& name, const ModelConfig& model) {
 // trains, and with recomputation the forward again.
 void count_products(const ParameterShard& parameter, PlanSetting& s) {
   const std::string& name = parameter.shard.name;
+  if (name == "model.embed_positions.weight") return;
   if (name == "model.embed_tokens.weight" && !s.model.tie_embeddings) return;
   const double ranks = parameter.expert ? static_cast<double>(s.ep.size) : 1;
   const double flops =
@@ -79,10 +80,10 @@ void count_parameters(PlanSetting& s) {
     s.trainable[parameter.expert] += std::ceil(numel / 64) * 64;
     s.largest_gradient = std::max(s.largest_gradient, numel);
   }
-  // Causal attention: two products of seq_len / 2 keys a query, and twice as much backward.
-  const double attention =
-      2 * s.rows * s.layers / static_cast<double>(s.tp.size) *
-      static_cast<double>(s.config.data.seq_len * s.model.num_heads * s.model.head_size());
+  // Causal attention: two products with the keys that a query sees, and twice as much backward.
+  const double attention = 2 * s.rows * s.model.attention_span(s.config.data.seq_len) /
+                           static_cast<double>(s.tp.size) *
+                           static_cast<double>(s.model.num_heads * s.model.head_size());
   s.forward += attention;
   s.backward += attention * (s.config.recompute ? 3 : 2);
 }

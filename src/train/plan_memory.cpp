@@ -35,7 +35,8 @@ double attention_bytes(const PlanSetting& s) {
   const double tp = static_cast<double>(s.tp.size), dim = static_cast<double>(s.model.dim);
   const double q = static_cast<double>(s.model.num_heads * s.model.head_size()) / tp;
   const double kv = static_cast<double>(s.model.num_kv_heads * s.model.head_size()) / tp;
-  return (2 * dim + 2 * q + 2 * kv) * s.type_bytes +
+  const double normed = s.model.qk_norm == "none" ? 0 : q + kv;
+  return (2 * dim + 2 * q + 2 * kv + normed) * s.type_bytes +
          kFloat * (1 + static_cast<double>(s.model.num_heads) / tp);
 }
 
@@ -50,12 +51,14 @@ double activation_bytes(const PlanSetting& s) {
   const double dim = static_cast<double>(s.model.dim) * s.type_bytes, attention = attention_bytes(s);
   const double moe = ffn_bytes(s, true), dense = ffn_bytes(s, false);
   const double ends = 2 * dim + 3 * kFloat;  // the last norm's input, and the gradient of its result
+  const double same = s.model.parallel_residual ? dim : 0;  // both halves of a block keep one input
   if (!s.config.recompute)
-    return s.rows * (s.layers * attention + s.moe_layers * moe + (s.layers - s.moe_layers) * dense + ends);
+    return s.rows *
+           (s.layers * (attention - same) + s.moe_layers * moe + (s.layers - s.moe_layers) * dense + ends);
   // The inputs of both halves, and what routers keep.
   const FfnNumbers ffn = s.ffn(true);
   const double routing = dim + ffn.router_bytes + ffn.slots * (kFloat + 2 * kLong);
-  return s.rows * (s.layers * 2 * dim + s.moe_layers * routing + ends);
+  return s.rows * (s.layers * (2 * dim - same) + s.moe_layers * routing + ends);
 }
 
 // The chunk of logits, and the gradient of the output matrix, which is made with them.
@@ -86,7 +89,8 @@ FfnNumbers PlanSetting::ffn(bool moe) const {
   const double tp_size = static_cast<double>(tp.size), dim = static_cast<double>(model.dim);
   FfnNumbers n;
   if (!moe) {
-    n.kept = 2 * static_cast<double>(model.hidden) / tp_size;
+    const double products = model.ffn == "swiglu" && model.ffn_bias ? 3 : 2;
+    n.kept = products * static_cast<double>(model.hidden) / tp_size;
     return n;
   }
   const MoEConfig& layer = model.moe;

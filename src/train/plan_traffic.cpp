@@ -19,6 +19,7 @@ class TrafficPlanner {
 
   void gradients();
   void exchange();
+  void qk_norms();
   void slices();
   void agreement();
 
@@ -87,12 +88,24 @@ void TrafficPlanner::exchange() {
   add("counts of rows", s_.ep, "all_to_all", calls, static_cast<double>(experts) * kLong);
 }
 
+// Gradients of the norms of queries and keys of each head, or mean squares of all heads, and their gradients.
+void TrafficPlanner::qk_norms() {
+  const double calls = micro_ * 2 * s_.layers, again = s_.config.recompute ? 1 : 0;
+  if (s_.model.qk_norm == "head") {
+    add("norms of q and k", s_.tp, "all_reduce", calls,
+        static_cast<double>(s_.model.head_size()) * s_.type_bytes);
+  } else if (s_.model.qk_norm == "projection") {
+    add("norms of q and k", s_.tp, "all_reduce", calls * (2 + again), s_.rows * kFloat);
+  }
+}
+
 void TrafficPlanner::slices() {
   const double row = s_.rows * dim_ * s_.type_bytes, again = s_.config.recompute ? 1 : 0;
   const FfnNumbers ffn = s_.moe_layers > 0 ? s_.ffn(true) : FfnNumbers{};
   const double coefficients = s_.rows * (ffn.slots + (ffn.shared_weight ? 1 : 0)) * kFloat;
   add("attention, FFN: forward", s_.tp, "all_reduce", micro_ * (2 * s_.layers + again * s_.moe_layers), row);
   add("attention, FFN: backward", s_.tp, "all_reduce", micro_ * 2 * s_.layers, row);
+  qk_norms();
   add("coefficients of experts", s_.tp, "all_reduce", micro_ * s_.moe_layers, coefficients);
   add("embedding and output", s_.tp, "all_reduce", micro_ * 2, row);
   add("loss", s_.tp, "all_reduce", micro_, 3 * s_.rows * kFloat);

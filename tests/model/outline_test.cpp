@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "tiny.h"
+#include "varied.h"
 
 namespace hymoe {
 namespace {
@@ -20,6 +21,7 @@ std::vector<ModelConfig> all_kinds() {
   all.back().family = "qwen2";
   all.back().tie_embeddings = false;
   all.back().head_dim = 4;
+  for (const ModelConfig& config : varied(all[0])) all.push_back(config);
   const auto add = [&](const MoEConfig& moe) {
     all.push_back(all[0]);
     all.back().moe_layers = {1};

@@ -5,6 +5,7 @@
 
 #include "hymoe/config/error.h"
 #include "model/parts.h"
+#include "varied.h"
 
 namespace hymoe {
 namespace {
@@ -66,12 +67,16 @@ TEST(ParallelModel, DenseModelsAndFp32GiveWhatOneProcessGives) {
     expect_same(dense_config("llama", recompute), {.dp = 1, .tp = 4}, recompute, 1e-10);
     expect_same(dense_config("qwen2", !recompute), {.dp = 2, .tp = 2}, recompute, 1e-10);
     expect_same(hybrid_config(), {.dp = 1, .ep = 2, .tp = 2}, recompute, 2e-5, at::kFloat);
+    for (const ModelConfig& config : varied(hybrid_config())) {
+      expect_same(config, {.dp = 1, .ep = 1, .tp = 2}, recompute, 1e-10);
+      expect_same(config, {.dp = 1, .ep = 2, .tp = 4}, recompute, 1e-10);
+    }
     expect_same(listed_config(), {.dp = 1, .ep = 4, .tp = 1}, recompute, 1e-10);
   }
 }
 
-TEST(ParallelModel, LogitsAndDecodingAreThoseOfOneProcess) {
-  Transformer whole = make_whole(hybrid_config(), at::kDouble);
+void expect_same_logits_and_decoding(const ModelConfig& config) {
+  Transformer whole = make_whole(config, at::kDouble);
   whole->eval();
   const Tensor tokens = sample_of(0, 1).tokens.narrow(0, 0, 12);
   const Tensor wanted = whole->logits(whole->hidden(tokens, Packing::of(1, 12)).hidden);
@@ -94,6 +99,11 @@ TEST(ParallelModel, LogitsAndDecodingAreThoseOfOneProcess) {
       expect_close(model->logits(out.hidden), wanted.narrow(0, begin, rows), 1e-10, "decoding");
     }
   });
+}
+
+TEST(ParallelModel, LogitsAndDecodingAreThoseOfOneProcess) {
+  expect_same_logits_and_decoding(hybrid_config());
+  for (const ModelConfig& config : varied(hybrid_config())) expect_same_logits_and_decoding(config);
 }
 
 // Of the loss alone, at the first router, as a look for dead routers takes it; or at the embedding.

@@ -218,27 +218,23 @@ TEST_F(Pretrained, BadConfigsAreNamed) {
     std::vector<std::string> words;
   };
   const Case cases[] = {
-      {"model_type", "gpt2", {"model_type", "llama, qwen2, hymoe"}},
+      {"model_type", "bert", {"model_type", "expected one of llama, ", "hymoe", "bert"}},
       {"model_type", nullptr, {"model_type", "missing"}},
       {"vocab_size", "many", {"vocab_size", "integer"}},
       {"hidden_size", nullptr, {"hidden_size", "missing"}},
       {"num_key_value_heads", 3, {"num_kv_heads"}},
       {"num_hidden_layers", 0, {"num_layers"}},
       {"hidden_act", "gelu", {"hidden_act", "silu", "gelu"}},
-      {"attention_bias", true, {"attention_bias"}},
-      {"mlp_bias", true, {"mlp_bias"}},
       {"rope_theta", 7.0, {"rope_parameters.rope_theta"}},
-      {"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}, {"rope_scaling.", "linear"}},
-      {"rope_parameters",
-       {{"rope_type", "llama3"}, {"rope_theta", 10000.0}},
-       {"rope_parameters.rope_type", "llama3"}},
+      {"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}, {"rope_scaling", "rope_parameters"}},
+      {"rope_scaling", {{"type", "yarn"}, {"factor", 2.0}}, {"rope_scaling.type", "yarn", "llama3"}},
+      {"rope_parameters", {{"rope_type", "llama3"}, {"rope_theta", 10000.0}}, {"rope_parameters.factor"}},
+      {"rope_parameters", {{"rope_type", "default"}, {"factor", 2.0}}, {"rope_parameters.factor"}},
       {"sliding_window", 1024, {"sliding_window"}},
       {"use_sliding_window", true, {"use_sliding_window"}},
-      {"layer_types", {"full_attention", "sliding_attention"}, {"layer_types", "sliding_attention"}},
       {"quantization_config", {{"bits", 4}}, {"quantization_config"}},
       {"attention_dropout", 0.1, {"attention_dropout"}},
       {"rope_interleaved", true, {"rope_interleaved"}},
-      {"partial_rotary_factor", 0.5, {"partial_rotary_factor"}},
   };
   for (const Case& c : cases) {
     const fs::path dir = save("m");
@@ -259,6 +255,130 @@ TEST_F(Pretrained, BadConfigsAreNamed) {
   config["model"]["moe"]["branches"][0]["router"]["topk"] = 3;
   write_file_atomic(hybrid / "config.json", config.dump());
   expect_load_fails(hybrid, {"config.json", "topk", "top_k"});
+}
+
+ModelConfig gpt2_config() {
+  ModelConfig config = tiny_config(false);
+  config.family = "gpt2";
+  config.head_dim = 0;
+  config.num_kv_heads = config.num_heads;
+  config.positions = "learned";
+  config.norm = "layer";
+  config.ffn = "gelu";
+  config.qkv_bias = config.o_bias = config.ffn_bias = true;
+  return config;
+}
+
+ModelConfig mixtral_config() {
+  ModelConfig config = tiny_config(false);
+  config.family = "mixtral";
+  config.tie_embeddings = false;
+  config.moe_layers = {0, 1};
+  config.moe.branches = {{.name = "words", .num_experts = 3, .hidden = 24}};
+  return config;
+}
+
+// Renames tensors of a folder.
+void rename(const fs::path& dir, const std::function<std::string(const std::string&)>& name) {
+  rewrite(dir, [&](NamedTensors& tensors) {
+    for (auto& tensor : tensors) tensor.first = name(tensor.first);
+  });
+}
+
+// As GPT-2's first files are: without the prefix of the model with a head, with masks among the weights.
+TEST_F(Pretrained, FilesOfAHeadlessModelAreReadAndMasksAreLeft) {
+  Transformer model(gpt2_config());
+  export_pretrained(model, folder_ / "gpt2");
+  rename(folder_ / "gpt2",
+         [](const std::string& name) { return name.substr(std::string("transformer.").size()); });
+  rewrite(folder_ / "gpt2", [](NamedTensors& t) {
+    t.emplace_back("h.0.attn.bias", at::zeros({1, 1, 9, 9}));
+  });
+  expect_equal_models(model, load_pretrained(folder_ / "gpt2"));
+  rewrite(folder_ / "gpt2", [](NamedTensors& t) { t.emplace_back("h.0.attn.extra", at::zeros({1})); });
+  expect_load_fails(folder_ / "gpt2", {"1 tensors that this model has not: h.0.attn.extra"});
+}
+
+// Of experts, one by one or stacked, what lacks, is too much or of another shape.
+TEST_F(Pretrained, BadExpertsAreNamed) {
+  const fs::path dir = folder_ / "mixtral";
+  const std::string pool = "model.layers.1.block_sparse_moe.experts.";
+  const std::pair<std::function<void(NamedTensors&)>, std::vector<std::string>> cases[] = {
+      {[&](NamedTensors& t) { std::erase_if(t, [&](auto& x) { return x.first == pool + "2.w3.weight"; }); },
+       {"1 tensors missing: " + pool + "2.w3.weight"}},
+      {[&](NamedTensors& t) {
+         t.emplace_back(pool + "3.w1.weight", at::zeros({24, 16}));
+       },
+       {"has not: " + pool + "3.w1.weight"}},
+      {[&](NamedTensors& t) {
+         for (auto& [name, value] : t) {
+           if (name == pool + "0.w2.weight") value = value.t().contiguous();
+         }
+       },
+       {pool + "0.w2.weight (expected [16, 24], got Float [24, 16])"}}};
+  for (const auto& [change, words] : cases) {
+    fs::remove_all(dir);
+    export_pretrained(Transformer(mixtral_config()), dir);
+    rewrite(dir, change);
+    expect_load_fails(dir, words);
+  }
+}
+
+TEST_F(Pretrained, ModelOfAFamilyWithExpertsIsOursUntilExported) {
+  Transformer model(mixtral_config());
+  save_pretrained(model, folder_ / "ours");
+  EXPECT_EQ(json::parse(read_text(folder_ / "ours/config.json"))["model_type"], "hymoe");
+  Transformer again = load_pretrained(folder_ / "ours");
+  expect_equal_models(model, again);
+  export_pretrained(again, folder_ / "theirs");
+  const json config = json::parse(read_text(folder_ / "theirs/config.json"));
+  EXPECT_EQ(config["model_type"], "mixtral");
+  EXPECT_EQ(config["architectures"][0], "MixtralForCausalLM");
+  Transformer back = load_pretrained(folder_ / "theirs");
+  const auto before = model->parameters(), after = back->parameters();
+  ASSERT_EQ(before.size(), after.size());
+  for (size_t i = 0; i < before.size(); ++i) EXPECT_TRUE(before[i].equal(after[i])) << i;
+}
+
+TEST_F(Pretrained, WhatTheFamilyHasNoWordForIsNotExported) {
+  const auto refused = [&](const ModelConfig& config) {
+    try {
+      export_pretrained(Transformer(config), folder_ / "x");
+      return std::string("no error");
+    } catch (const Error& error) {
+      EXPECT_FALSE(fs::exists(folder_ / "x"));
+      return std::string(error.what());
+    }
+  };
+  const auto changed = [&](ModelConfig config, auto change) {
+    change(config);
+    return refused(config);
+  };
+  using C = ModelConfig;
+  const auto expect = [](const std::string& text, const std::string& words) {
+    EXPECT_NE(text.find("has no word for " + words), std::string::npos) << text;
+  };
+  expect(refused(tiny_config(true)), "moe.branches");
+  expect(changed(tiny_config(false), [](C& c) { c.qk_norm = "head"; }), "qk_norm \"head\"");
+  expect(changed(tiny_config(false), [](C& c) { c.o_bias = true; }), "qkv_bias false");
+  expect(changed(tiny_config(false), [](C& c) { c.sliding_window = 4; }), "sliding_window 4");
+  expect(changed(gpt2_config(), [](C& c) { c.parallel_residual = true; }), "parallel_residual true");
+  expect(changed(gpt2_config(), [](C& c) { c.num_kv_heads = 1; }), "num_kv_heads 1");
+  const auto experts = [&](auto change) { return changed(mixtral_config(), [&](C& c) { change(c.moe); }); };
+  expect(changed(mixtral_config(), [](C& c) { c.moe_layers = {1}; }), "moe_layers");
+  expect(experts([](MoEConfig& m) { m.shared.hidden = 8; }), "moe.shared.hidden 8");
+  expect(experts([](MoEConfig& m) { m.branches[0].weight = 0.5; }), "moe.branches.0.weight 0.5");
+  expect(experts([](MoEConfig& m) { m.branches[0].router.scoring = "sigmoid"; }),
+         "moe.branches.0.router.scoring \"sigmoid\"");
+  expect(experts([](MoEConfig& m) { m.branches[0].router.bias_update = 0.1; }),
+         "moe.branches.0.router.bias_update 0");
+  expect(experts([](MoEConfig& m) { m.branches[0].router.kind = "segment"; }), "moe.branches.0.router.kind");
+  EXPECT_EQ(changed(mixtral_config(),
+                    [](C& c) {
+                      c.moe.branches[0].router.capacity_factor = 2;  // of training
+                      c.freeze = {"*norm*"};
+                    }),
+            "no error");
 }
 
 TEST_F(Pretrained, MissingWeightsAreNamed) {

@@ -5,6 +5,7 @@
 #include "hymoe/model/pretrained.h"
 #include "model/parts.h"
 #include "temporary_folder.h"
+#include "varied.h"
 
 namespace hymoe {
 namespace {
@@ -14,6 +15,8 @@ using namespace hymoe::parts;
 TEST(ParameterShards, FreshWeightsAndCountsDoNotDependOnTheMesh) {
   for (const auto& [config, tp] : {std::pair(hybrid_config("qwen2", false), 2),
                                    {dense_config("llama", true), 2},
+                                   {varied(hybrid_config())[0], 2},
+                                   {varied(dense_config("llama", true))[1], 2},
                                    {listed_config(), 1}}) {
     torch::manual_seed(5);
     Transformer whole(config);

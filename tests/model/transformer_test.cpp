@@ -16,6 +16,7 @@
 
 #include "hymoe/config/config.h"
 #include "hymoe/config/error.h"
+#include "varied.h"
 
 namespace hymoe {
 namespace {
@@ -99,10 +100,12 @@ TEST(Transformer, LaterTokensDoNotChangeEarlierOutputs) {
     EXPECT_GT(difference(a[t], b[t]), 0);
     return difference(a.narrow(0, 0, t), b.narrow(0, 0, t)) > 0;
   };
-  for (const auto& [score, select] : kCausal) {
-    Transformer model = make_model(hybrid_config(score, select));
+  std::vector<ModelConfig> configs = varied(hybrid_config());
+  for (const auto& [score, select] : kCausal) configs.push_back(hybrid_config(score, select));
+  for (const ModelConfig& config : configs) {
+    Transformer model = make_model(config);
     EXPECT_TRUE(model->causal());
-    for (const int64_t t : {1, 7, 8, 29}) EXPECT_FALSE(change_seen_before(model, t)) << select << " " << t;
+    for (const int64_t t : {1, 7, 8, 29}) EXPECT_FALSE(change_seen_before(model, t)) << to_yaml(config) << t;
   }
   Transformer published = make_model(hybrid_config("own", "expert_choice"));
   EXPECT_FALSE(published->causal());
@@ -112,8 +115,8 @@ TEST(Transformer, LaterTokensDoNotChangeEarlierOutputs) {
 }
 
 // Law 6.
-TEST(Transformer, PackingOrderAndPaddingDoNotChangeADocument) {
-  Transformer model = make_model(hybrid_config());
+void expect_documents_apart(const ModelConfig& config) {
+  Transformer model = make_model(config);
   const Tensor a = random_tokens(13, 1), b = random_tokens(9, 2), c = random_tokens(1, 3);
   const Tensor alone_a = logits(model, a, documents({13})), alone_b = logits(model, b, documents({9})),
                alone_c = logits(model, c, documents({1}));
@@ -130,11 +133,59 @@ TEST(Transformer, PackingOrderAndPaddingDoNotChangeADocument) {
   EXPECT_LT(difference(y.narrow(0, 16, 9), alone_b), 2e-5);
 }
 
+TEST(Transformer, PackingOrderAndPaddingDoNotChangeADocument) {
+  expect_documents_apart(hybrid_config());
+  for (const ModelConfig& config : varied(hybrid_config())) expect_documents_apart(config);
+}
+
+// A window is what its layers can see: with one layer, changing a row outside it changes nothing.
+TEST(Transformer, SlidingWindowsHideOlderRows) {
+  ModelConfig config = dense_config();
+  config.num_layers = 1;
+  config.sliding_window = 4;
+  Transformer model = make_model(config);
+  const Tensor tokens = random_tokens(12);
+  Tensor changed = tokens.clone();
+  changed[3] = (changed[3] + 17) % kVocab;
+  const Tensor a = logits(model, tokens, documents({12})), b = logits(model, changed, documents({12}));
+  for (int64_t t = 3; t < 12; ++t) EXPECT_EQ(difference(a[t], b[t]) > 0, t < 7) << t;
+  config.num_layers = 2;
+  config.full_attention_layers = {0};
+  EXPECT_EQ(config.window(0), 0);
+  EXPECT_EQ(config.window(1), 4);
+  // Of 8 rows: 8·9/2 pairs in the one layer, 1 + 2 + 3 + 5·4 in the other; twice the mean without own halves.
+  EXPECT_DOUBLE_EQ(config.attention_span(8), 8 + 4 * (2 - 0.5));
+}
+
+// Which list stretches the angles follows from max_seq_len.
+TEST(Transformer, LongRopeTakesTheListOfItsLength) {
+  ModelConfig config = dense_config();
+  config.rope = {.scaling = "longrope",
+                 .original_seq_len = 64,
+                 .short_factors = {1, 2},
+                 .long_factors = {3, 4},
+                 .short_scale = 1.5,
+                 .long_scale = 0.5};
+  ModelConfig stretched = config, swapped = config;
+  stretched.rope.original_seq_len = 63;
+  std::swap(swapped.rope.short_factors, swapped.rope.long_factors);
+  std::swap(swapped.rope.short_scale, swapped.rope.long_scale);
+  const Tensor tokens = random_tokens(12);
+  std::vector<Tensor> all;
+  for (const ModelConfig& c : {config, stretched, swapped}) {
+    Transformer model = make_model(c);
+    all.push_back(logits(model, tokens, documents({12})));
+  }
+  EXPECT_GT(difference(all[0], all[1]), 0.01);
+  EXPECT_TRUE(all[1].equal(all[2]));
+}
+
 // Law 7: whatever the pieces in which documents come, also unevenly and with pauses.
 TEST(Transformer, PrefillEqualsStepByStep) {
   const std::vector<std::vector<int64_t>> calls = {{5, 0, 3}, {1, 9, 1},  {1, 1, 0},
                                                    {1, 2, 1}, {0, 1, 11}, {3, 0, 1}};
-  std::vector<ModelConfig> configs{dense_config()};
+  std::vector<ModelConfig> configs = varied(hybrid_config());
+  configs.push_back(dense_config());
   for (const auto& [score, select] : kCausal) configs.push_back(hybrid_config(score, select));
   for (const ModelConfig& config : configs) {
     Transformer model = make_model(config);
@@ -206,6 +257,16 @@ TEST(Transformer, RouterThatDependsOnTheBatchDoesNotDecodeEither) {
 }
 
 TEST(Transformer, LossIsCrossEntropyOfTheLogits) {
+  for (const ModelConfig& config : varied(dense_config())) {
+    Transformer model = make_model(config);
+    const Tensor tokens = random_tokens(12), targets = random_tokens(12, 2);
+    const LossOutput out = model->loss(tokens, targets, documents({7, 5}));
+    const Tensor log_p = logits(model, tokens, documents({7, 5})).log_softmax(1);
+    EXPECT_LT(difference(out.nll, -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)), 1e-5);
+    out.loss.backward();
+    for (const auto& item : model->named_parameters())
+      EXPECT_TRUE(item.value().grad().defined()) << item.key();
+  }
   Transformer model = make_model(hybrid_config());
   const Tensor tokens = random_tokens(12), weights = at::arange(12).to(at::kFloat) / 10;
   Tensor targets = random_tokens(12, 2);
@@ -272,7 +333,23 @@ TEST(Transformer, BadConfigsAreNamed) {
   EXPECT_EQ(key_of([](C& c) { c.num_kv_heads = 3; }), "num_kv_heads");
   EXPECT_EQ(key_of([](C& c) { c.dim = 18; }), "num_heads");
   EXPECT_EQ(key_of([](C& c) { c.head_dim = 5; }), "head_dim");
-  EXPECT_EQ(key_of([](C& c) { c.family = "gpt2"; }), "family");
+  EXPECT_EQ(key_of([](C& c) { c.family = "bert"; }), "family");
+  EXPECT_EQ(key_of([](C& c) { c.rotary_dim = 3; }), "rotary_dim");
+  EXPECT_EQ(key_of([](C& c) { c.rotary_dim = 6; }), "rotary_dim");
+  EXPECT_EQ(key_of([](C& c) { c.positions = "learned", c.rotary_dim = 2; }), "rotary_dim");
+  EXPECT_EQ(key_of([](C& c) { c.positions = "learned", c.rope.scaling = "linear"; }), "rope");
+  EXPECT_EQ(key_of([](C& c) { c.rope.scaling = "llama3"; }), "rope.original_seq_len");
+  EXPECT_EQ(
+      key_of([](C& c) { c.rope = {.scaling = "llama3", .high_freq_factor = 1, .original_seq_len = 9}; }),
+      "rope.high_freq_factor");
+  EXPECT_EQ(key_of([](C& c) { c.rope = {.scaling = "longrope", .original_seq_len = 9}; }),
+            "rope.short_factors");
+  EXPECT_EQ(key_of([](C& c) { c.full_attention_layers = {1}; }), "full_attention_layers.0");
+  EXPECT_EQ(key_of([](C& c) {
+              c.sliding_window = 4, c.full_attention_layers = {1, 3};
+            }),
+            "full_attention_layers.1");
+  EXPECT_EQ(key_of([](C& c) { c.logits_bias = true; }), "logits_bias");
   EXPECT_EQ(key_of([](C& c) { c.moe_layers = {0, 3}; }), "moe_layers.1");
   EXPECT_EQ(key_of([](C& c) { c.moe_layers = {1, 1}; }), "moe_layers.0");
   EXPECT_EQ(key_of([](C& c) { c.moe = {}; }), "moe.branches");

@@ -14,6 +14,7 @@
 #include "hymoe/train/optimizer.h"
 #include "ranks.h"
 #include "tiny.h"
+#include "varied.h"
 
 namespace hymoe {
 namespace {
@@ -111,7 +112,9 @@ TEST(Plan, BytesOfWeightsGradientsAndOptimizerAreTheRealOnes) {
 TEST(Plan, ActivationsAreThoseKeptAndTheirPeakIsNear) {
   for (const bool recompute : {false, true}) {
     for (const char* dtype : {"float32", "bfloat16"}) {
-      for (const ModelConfig& of : {tiny::dense_config(), hybrid()}) {
+      std::vector<ModelConfig> models = varied(tiny::dense_config());
+      models.insert(models.end(), {tiny::dense_config(), hybrid()});
+      for (const ModelConfig& of : models) {
         PlanConfig config = config_of(of);
         config.model.dim = 64;
         config.model.hidden = 96;
@@ -132,7 +135,8 @@ TEST(Plan, ActivationsAreThoseKeptAndTheirPeakIsNear) {
                               (config.dtype == "bfloat16" ? 2 : 4);
         const double activations = planned.memory_of("activations");
         const std::string what = std::string(dtype) + (recompute ? ", recompute" : "") +
-                                 (config.model.moe_layers.empty() ? ", dense" : ", hybrid");
+                                 (config.model.moe_layers.empty() ? ", dense " : ", hybrid ") +
+                                 config.model.norm + " " + config.model.qk_norm;
         EXPECT_NEAR((kept - output) / activations, 1, 0.03) << what;
         const double most = activations + planned.memory_of("logits") + planned.memory_of("in passing");
         EXPECT_GT(static_cast<double>(meter->most) / most, 0.7) << what;
@@ -197,7 +201,7 @@ TEST(Plan, TrafficAndStateOfAStepAreWhatItsRanksCount) {
   for (const bool option : {false, true}) {  // whether to recompute, and to shard
     for (const MeshConfig& mesh :
          std::vector<MeshConfig>{{2, 1, 1}, {1, 1, 2}, {1, 2, 1}, {2, 2, 1}, {2, 1, 2}, {1, 2, 2}}) {
-      PlanConfig config = config_of(hybrid());
+      PlanConfig config = config_of(mesh.dp == 1 ? varied(hybrid())[option ? 1 : 0] : hybrid());
       config.parallel = mesh;
       config.recompute = config.optimizer.shard = option;
       config.micro_batch = config.data.batch_size / (mesh.dp * mesh.ep) / 2;

@@ -47,10 +47,11 @@ struct LinearImpl;
 /// after another; attention, positions and routing never cross from one to the next. Padding rows may only
 /// stand at the end of a document; what comes out of them means nothing.
 ///
-/// Parameters have Hugging Face's names: model.embed_tokens.weight, model.layers.N.{input_layernorm,
-/// post_attention_layernorm}.weight, .self_attn.{q,k,v,o}_proj.weight (.bias of q, k, v for qwen2),
-/// .mlp.{gate,up,down}_proj.weight or the MoE layer's names after .mlp., model.norm.weight, lm_head.weight
-/// (absent when embeddings are tied).
+/// Parameters have the names of Hugging Face's Llama: model.embed_tokens.weight,
+/// model.layers.N.{input_layernorm, post_attention_layernorm}.weight, .self_attn.{q,k,v,o}_proj.weight,
+/// .self_attn.{q,k}_norm.weight, .mlp.{gate,up,down}_proj.weight or the MoE layer's names after .mlp.,
+/// model.norm.weight, lm_head.weight (absent when embeddings are tied); biases with .bias for .weight,
+/// learned positions model.embed_positions.weight.
 ///
 /// Fresh weights are drawn from torch's generator: N(0, 0.02), those that write to the residual stream
 /// (o_proj, down_proj) N(0, 0.02 / sqrt(2·num_layers)) (GPT-2), norms 1, biases 0; what else a MoE layer has
@@ -100,20 +101,22 @@ class TransformerImpl : public torch::nn::Module {
   int64_t num_active_params() const;
   /// Floating-point operations a token of training (forward and backward, 2 a multiply-add) in documents of
   /// seq_len: 6 for every active parameter but the embedding table's look-up, and causal attention's
-  /// 6·num_layers·seq_len·num_heads·head_dim.
+  /// 6·num_layers·seq_len·num_heads·head_dim, less where a window hides rows.
   double flops_per_token(int64_t seq_len) const;
 
  private:
   void reset_parameters();
   const Tensor& output_weight() const;
-  Tensor embed(const Tensor& tokens) const;
+  Tensor embed(const Tensor& tokens, const Tensor& positions) const;
+  Tensor look_up(const Tensor& tokens) const;
+  Tensor angles_on(at::Device device) const;
 
   ModelConfig config_;
   Mesh mesh_;
   bool recompute_ = false;
   std::shared_ptr<DecoderImpl> model_;
   std::shared_ptr<LinearImpl> lm_head_;  // nullptr when tied
-  Tensor inv_freq_;                      // [head size / 2] fp32 on the CPU
+  Tensor inv_freq_;  // [rotary size / 2] fp32 on the CPU, undefined with learned positions
 };
 TORCH_MODULE(Transformer);
 

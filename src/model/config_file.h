@@ -1,0 +1,82 @@
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "hymoe/config/error.h"
+
+namespace hymoe {
+
+/// A config.json with errors that name the file and the key. A key that is null counts as absent.
+class ConfigFile {
+ public:
+  using json = nlohmann::json;
+
+  ConfigFile(std::filesystem::path path, json values) : path_(std::move(path)), values_(std::move(values)) {}
+  /// The file in a folder. Throws DataError for one that is no JSON object.
+  static ConfigFile in(const std::filesystem::path& dir);
+
+  const std::filesystem::path& path() const { return path_; }
+
+  [[noreturn]] void fail(const std::string& key, const std::string& text) const {
+    throw DataError(path_.string() + ": " + key, text);
+  }
+
+  const json* find(const std::string& key) const {
+    const auto it = values_.find(key);
+    return it == values_.end() || it->is_null() ? nullptr : &*it;
+  }
+
+  template <typename T>
+  T get(const std::string& key, std::optional<T> otherwise = {}) const {
+    const json* value = find(key);
+    if (value == nullptr) {
+      if (otherwise) return *otherwise;
+      fail(key, "is missing");
+    }
+    return as<T>(key, *value);
+  }
+
+  template <typename T>
+  T as(const std::string& key, const json& value) const {
+    if constexpr (std::same_as<T, int64_t>) {
+      if (value.is_number_integer()) return value.get<T>();
+      fail(key, "expected an integer, got " + value.dump());
+    } else if constexpr (std::same_as<T, double>) {
+      if (value.is_number()) return value.get<T>();
+      fail(key, "expected a number, got " + value.dump());
+    } else if constexpr (std::same_as<T, bool>) {
+      if (value.is_boolean()) return value.get<T>();
+      fail(key, "expected true or false, got " + value.dump());
+    } else if constexpr (std::same_as<T, std::string>) {
+      if (value.is_string()) return value.get<T>();
+      fail(key, "expected text, got " + value.dump());
+    } else {  // a list
+      if (!value.is_array()) fail(key, "expected a list, got " + value.dump());
+      T list;
+      for (const json& element : value) list.push_back(as<typename T::value_type>(key, element));
+      return list;
+    }
+  }
+
+  /// What we have only one value of: another one is refused.
+  void expect(const std::string& key, const json& only) const {
+    const json* value = find(key);
+    if (value != nullptr && *value != only) {
+      fail(key, "only " + only.dump() + " is implemented, got " + value->dump());
+    }
+  }
+
+ private:
+  std::filesystem::path path_;
+  json values_;
+};
+
+}  // namespace hymoe

@@ -1,0 +1,288 @@
+#include "model/family_parts.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+namespace hymoe {
+namespace {
+
+using nlohmann::json;
+using nlohmann::ordered_json;
+
+struct Rope {
+  RopeConfig scaling = {};
+  std::optional<double> theta = {};
+  std::optional<double> part = {};  // of a head that rotates
+};
+
+// What an object that says how to rotate says.
+Rope parse_rope(const ConfigFile& all, const std::string& key, const json& object, int64_t max_seq_len) {
+  if (!object.is_object()) all.fail(key, "expected an object, got " + object.dump());
+  const ConfigFile file(all.path(), object);
+  const auto fail = [&](const std::string& name, const std::string& text) {
+    all.fail(key + "." + name, text);
+  };
+  const auto number = [&](const std::string& name, std::optional<double> otherwise = {}) {
+    const json* value = file.find(name);
+    if (value == nullptr && !otherwise) fail(name, "is missing");
+    return value == nullptr ? *otherwise : all.as<double>(key + "." + name, *value);
+  };
+  const std::string type = file.get<std::string>("rope_type", file.get<std::string>("type", "default"));
+  std::vector<std::string> known{"rope_type", "type", "rope_theta", "partial_rotary_factor"};
+  Rope rope;
+  if (file.find("partial_rotary_factor") != nullptr) rope.part = number("partial_rotary_factor");
+  if (file.find("rope_theta") != nullptr) rope.theta = number("rope_theta");
+  RopeConfig& scaling = rope.scaling;
+  const auto original = [&] {
+    scaling.original_seq_len =
+        file.get<int64_t>("original_max_position_embeddings",
+                          all.get<int64_t>("original_max_position_embeddings", max_seq_len));
+    known.push_back("original_max_position_embeddings");
+  };
+  if (type == "linear") {
+    scaling = {.scaling = "linear", .factor = number("factor")};
+    known.push_back("factor");
+  } else if (type == "llama3") {
+    scaling = {.scaling = "llama3",
+               .factor = number("factor"),
+               .low_freq_factor = number("low_freq_factor"),
+               .high_freq_factor = number("high_freq_factor")};
+    original();
+    known.insert(known.end(), {"factor", "low_freq_factor", "high_freq_factor"});
+  } else if (type == "longrope" || type == "su") {
+    scaling = {.scaling = "longrope",
+               .short_factors = file.get<std::vector<double>>("short_factor"),
+               .long_factors = file.get<std::vector<double>>("long_factor"),
+               .short_scale = number("short_mscale"),
+               .long_scale = number("long_mscale")};
+    original();
+    known.insert(known.end(), {"short_factor", "long_factor", "short_mscale", "long_mscale"});
+  } else if (type != "default") {
+    fail(file.find("rope_type") != nullptr ? "rope_type" : "type",
+         "expected one of default, linear, llama3, longrope, got \"" + type + "\"");
+  }
+  for (const auto& [name, value] : object.items()) {
+    if (std::find(known.begin(), known.end(), name) == known.end()) {
+      fail(name, "is not implemented with rope_type " + type + ", got " + value.dump());
+    }
+  }
+  return rope;
+}
+
+}  // namespace
+
+void refuse_what_no_family_has(const ConfigFile& file) {
+  file.expect("use_mrope", false);
+  file.expect("rope_interleaved", false);
+  file.expect("attention_dropout", 0.0);
+  file.expect("is_encoder_decoder", false);
+  file.expect("add_cross_attention", false);
+  if (file.find("quantization_config") != nullptr) file.fail("quantization_config", "is not implemented");
+}
+
+namespace {
+
+std::vector<int64_t> read_token_ids(const ConfigFile& file, const std::string& key) {
+  const json* value = file.find(key);
+  if (value == nullptr) return {};
+  if (value->is_array()) return file.as<std::vector<int64_t>>(key, *value);
+  return {file.as<int64_t>(key, *value)};
+}
+
+}  // namespace
+
+void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta, double default_part) {
+  Rope rope;
+  if (file.find("rope_theta") != nullptr) rope.theta = file.get<double>("rope_theta");
+  if (file.find("partial_rotary_factor") != nullptr) rope.part = file.get<double>("partial_rotary_factor");
+  const char* before = nullptr;
+  for (const char* key : {"rope_parameters", "rope_scaling"}) {
+    if (file.find(key) == nullptr) continue;
+    Rope here = parse_rope(file, key, *file.find(key), config.max_seq_len);
+    if (here.theta && rope.theta && *here.theta != *rope.theta) {
+      file.fail(std::string(key) + ".rope_theta", "differs from rope_theta");
+    }
+    if (before != nullptr && here.scaling != rope.scaling)
+      file.fail(key, std::string("differs from ") + before);
+    if (!here.theta) here.theta = rope.theta;
+    if (!here.part) here.part = rope.part;
+    rope = std::move(here);
+    before = key;
+  }
+  config.rope_theta = rope.theta.value_or(default_theta);
+  config.rope = rope.scaling;
+  const double part = rope.part.value_or(default_part);
+  // As transformers rounds it.
+  if (part != 1) config.rotary_dim = static_cast<int64_t>(part * static_cast<double>(config.head_size()));
+}
+
+void write_rope(const ModelConfig& config, ordered_json& out) {
+  const RopeConfig& rope = config.rope;
+  ordered_json parameters{{"rope_theta", config.rope_theta},
+                          {"rope_type", rope.scaling == "none" ? "default" : rope.scaling}};
+  if (config.rotary_dim > 0) {
+    parameters["partial_rotary_factor"] =
+        static_cast<double>(config.rotary_dim) / static_cast<double>(config.head_size());
+  }
+  if (rope.scaling == "linear" || rope.scaling == "llama3") parameters["factor"] = rope.factor;
+  if (rope.scaling == "llama3") {
+    parameters["low_freq_factor"] = rope.low_freq_factor;
+    parameters["high_freq_factor"] = rope.high_freq_factor;
+    parameters["original_max_position_embeddings"] = rope.original_seq_len;
+  }
+  if (rope.scaling == "longrope") {
+    parameters["short_factor"] = rope.short_factors;
+    parameters["long_factor"] = rope.long_factors;
+    parameters["short_mscale"] = rope.short_scale;
+    parameters["long_mscale"] = rope.long_scale;
+    parameters["original_max_position_embeddings"] = rope.original_seq_len;
+    out["original_max_position_embeddings"] = rope.original_seq_len;
+  }
+  out["rope_theta"] = config.rope_theta;
+  out["rope_parameters"] = parameters;
+  if (rope.scaling == "none") return;
+  parameters.erase("rope_theta");
+  out["rope_scaling"] = parameters;  // where transformers before 5 looks
+}
+
+void read_window(const ConfigFile& file, ModelConfig& config) {
+  config.sliding_window = file.get<int64_t>("sliding_window", 0);
+}
+
+void write_window(const ModelConfig& config, ordered_json& out) {
+  out["sliding_window"] = config.sliding_window > 0 ? ordered_json(config.sliding_window) : ordered_json();
+}
+
+void read_windows_by_layer(const ConfigFile& file, ModelConfig& config, bool has_switch) {
+  if (has_switch && !file.get<bool>("use_sliding_window", false)) {
+    if (file.find("layer_types") == nullptr) return;
+  } else {
+    read_window(file, config);
+    if (has_switch && config.sliding_window == 0)
+      file.fail("sliding_window", "is missing: use_sliding_window is true");
+  }
+  std::vector<std::string> types;
+  if (file.find("layer_types") != nullptr) types = file.get<std::vector<std::string>>("layer_types");
+  const int64_t first =
+      types.empty() && config.sliding_window > 0 ? file.get<int64_t>("max_window_layers") : 0;
+  if (!types.empty() && static_cast<int64_t>(types.size()) != config.num_layers) {
+    file.fail("layer_types", "expected one a layer, " + std::to_string(config.num_layers) + ", got " +
+                                 std::to_string(types.size()));
+  }
+  int64_t sliding = 0;
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    bool slides = layer >= first;
+    if (!types.empty()) {
+      slides = types[layer] == "sliding_attention";
+      if (!slides && types[layer] != "full_attention") {
+        file.fail("layer_types",
+                  "expected full_attention or sliding_attention, got \"" + types[layer] + "\"");
+      }
+      if (slides && config.sliding_window == 0) {
+        file.fail("layer_types", "has sliding_attention, but there is no sliding_window");
+      }
+    }
+    sliding += slides ? 1 : 0;
+    if (!slides && config.sliding_window > 0) config.full_attention_layers.push_back(layer);
+  }
+  if (sliding > 0) return;
+  config.sliding_window = 0;
+  config.full_attention_layers.clear();
+}
+
+void write_windows_by_layer(const ModelConfig& config, ordered_json& out, bool has_switch) {
+  const bool slides = config.sliding_window > 0;
+  if (has_switch) out["use_sliding_window"] = slides;
+  if (!slides) {
+    if (!has_switch) out["sliding_window"] = nullptr;
+    return;
+  }
+  out["sliding_window"] = config.sliding_window;
+  std::vector<std::string> types;
+  int64_t first = 0;  // versions before layer_types have full attention in the first layers
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    const bool full = config.window(layer) == 0;
+    types.emplace_back(full ? "full_attention" : "sliding_attention");
+    if (full && first == layer) ++first;
+  }
+  out["max_window_layers"] = first;
+  out["layer_types"] = types;
+}
+
+std::string read_gelu(const ConfigFile& file, const std::string& key) {
+  const auto name = file.get<std::string>(key, "gelu");
+  if (name == "gelu") return "gelu";
+  for (const char* tanh : {"gelu_new", "gelu_fast", "gelu_pytorch_tanh"}) {
+    if (name == tanh) return "gelu_tanh";
+  }
+  file.fail(key, "expected one of gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, got \"" + name + "\"");
+}
+
+std::vector<int64_t> all_layers(const ModelConfig& config) {
+  std::vector<int64_t> layers(config.num_layers);
+  std::iota(layers.begin(), layers.end(), 0);
+  return layers;
+}
+
+void set_qkv_bias(ModelConfig& config, bool bias) {
+  config.qkv_bias.reset();
+  if (config.has_qkv_bias() != bias) config.qkv_bias = bias;
+}
+
+void read_tokens(const ConfigFile& file, ModelConfig& config) {
+  const std::vector<int64_t> bos = read_token_ids(file, "bos_token_id");
+  if (!bos.empty()) config.bos_token_id = bos.front();
+  config.eos_token_ids = read_token_ids(file, "eos_token_id");
+}
+
+void write_tokens(const ModelConfig& config, ordered_json& out) {
+  // Absent, they would be the family's.
+  out["bos_token_id"] = config.bos_token_id >= 0 ? ordered_json(config.bos_token_id) : ordered_json();
+  const auto& eos = config.eos_token_ids;
+  out["eos_token_id"] = eos.empty()       ? ordered_json()
+                        : eos.size() == 1 ? ordered_json(eos[0])
+                                          : ordered_json(eos);
+}
+
+ModelConfig read_decoder(const ConfigFile& file, const std::string& family, const DecoderDefaults& defaults) {
+  refuse_what_no_family_has(file);
+  file.expect("hidden_act", "silu");
+  ModelConfig c;
+  c.family = family;
+  c.vocab_size = file.get<int64_t>("vocab_size");
+  c.dim = file.get<int64_t>("hidden_size");
+  c.num_layers = file.get<int64_t>("num_hidden_layers");
+  c.num_heads = file.get<int64_t>("num_attention_heads");
+  c.num_kv_heads = file.get<int64_t>("num_key_value_heads",
+                                     defaults.kv_heads_are_heads ? std::optional(c.num_heads) : std::nullopt);
+  c.head_dim = file.get<int64_t>("head_dim", 0);
+  c.hidden = file.get<int64_t>("intermediate_size");
+  c.max_seq_len = file.get<int64_t>("max_position_embeddings", defaults.max_seq_len);
+  read_rope(file, c, defaults.rope_theta);
+  c.norm_eps = file.get<double>("rms_norm_eps", defaults.norm_eps);
+  c.tie_embeddings = file.get<bool>("tie_word_embeddings", false);
+  read_tokens(file, c);
+  return c;
+}
+
+void write_decoder(const ModelConfig& config, ordered_json& out) {
+  write_tokens(config, out);
+  out["vocab_size"] = config.vocab_size;
+  out["hidden_size"] = config.dim;
+  out["intermediate_size"] = config.hidden;
+  out["num_hidden_layers"] = config.num_layers;
+  out["num_attention_heads"] = config.num_heads;
+  out["num_key_value_heads"] = config.num_kv_heads;
+  out["head_dim"] = config.head_size();
+  out["max_position_embeddings"] = config.max_seq_len;
+  write_rope(config, out);
+  out["rms_norm_eps"] = config.norm_eps;
+  out["hidden_act"] = "silu";
+  out["tie_word_embeddings"] = config.tie_embeddings;
+  out["attention_dropout"] = 0.0;
+  out["initializer_range"] = 0.02;
+  out["use_cache"] = true;
+}
+
+}  // namespace hymoe
