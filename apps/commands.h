@@ -20,6 +20,7 @@ void add_config(CLI::App& program);
 void add_eval(CLI::App& program);
 void add_export(CLI::App& program);
 void add_generate(CLI::App& program);
+void add_grow(CLI::App& program);
 void add_inspect(CLI::App& program);
 void add_plan(CLI::App& program);
 void add_prepare(CLI::App& program);
@@ -62,6 +63,10 @@ class Progress {
   bool enabled_, terminal_;
   std::chrono::steady_clock::time_point last_;
 };
+
+struct Comparison;
+// The lines of a receipt on what was measured, or that nothing was.
+void print_comparison(const Comparison& comparison);
 
 // "%.2f"-like text of a byte count: "1.25 GiB".
 std::string format_bytes(double bytes);

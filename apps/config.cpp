@@ -7,6 +7,7 @@
 #include "hymoe/config/config.h"
 #include "hymoe/config/schema.h"
 #include "hymoe/data/prepare.h"
+#include "hymoe/growth/grow.h"
 #include "hymoe/growth/upcycle.h"
 #include "hymoe/train/plan.h"
 #include "hymoe/train/trainer.h"
@@ -49,8 +50,11 @@ ConfigKind plan_kind() {
 }
 
 const std::vector<ConfigKind>& kinds() {
-  static const std::vector<ConfigKind> all = {kind<PrepareConfig>("prepare"), kind<UpcycleConfig>("upcycle"),
-                                              kind<TrainConfig>("train"), plan_kind(),
+  static const std::vector<ConfigKind> all = {kind<PrepareConfig>("prepare"),
+                                              kind<UpcycleConfig>("upcycle"),
+                                              kind<GrowConfig>("grow"),
+                                              kind<TrainConfig>("train"),
+                                              plan_kind(),
                                               kind<EvalCommandConfig>("eval")};
   return all;
 }
@@ -59,12 +63,13 @@ const ConfigKind& find_kind(const std::string& name) {
   for (const ConfigKind& kind : kinds()) {
     if (kind.name == name) return kind;
   }
-  throw ConfigError("", "expected prepare, upcycle, train, plan or eval, got '" + name + "'");
+  throw ConfigError("", "expected prepare, upcycle, grow, train, plan or eval, got '" + name + "'");
 }
 
 void print_reference() {
   std::cout
-      << "# Configuration\n\nEvery key of the files that `hymoe prepare`, `upcycle`, `train`, `plan` and "
+      << "# Configuration\n\nEvery key of the files that `hymoe prepare`, `upcycle`, `grow`, `train`, `plan` "
+         "and "
          "`eval` "
          "take, in YAML or "
          "JSON. What a file leaves\nout has the default given here; an unknown key is an error. On the "
@@ -85,7 +90,7 @@ void add_config(CLI::App& program) {
   auto other = std::make_shared<std::string>();
   auto markdown = std::make_shared<bool>(false);
   auto json = std::make_shared<bool>(false);
-  command->add_option("command", *name, "whose config: prepare, upcycle, train, plan or eval");
+  command->add_option("command", *name, "whose config: prepare, upcycle, grow, train, plan or eval");
   arguments->add_to(*command, /*required=*/false);
   command->add_option("--diff", *other, "print what differs from this config file");
   command->add_flag("--markdown", *markdown, "print the reference of all configs, docs/configuration.md");

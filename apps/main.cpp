@@ -33,6 +33,7 @@ int main(int argc, char** argv) {
   program.require_subcommand(1);
   hymoe::add_prepare(program);
   hymoe::add_upcycle(program);
+  hymoe::add_grow(program);
   hymoe::add_plan(program);
   hymoe::add_train(program);
   hymoe::add_eval(program);

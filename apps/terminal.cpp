@@ -61,6 +61,16 @@ void Progress::clear() {
   if (enabled_ && terminal_) std::cerr << "\r\033[K" << std::flush;
 }
 
+void print_comparison(const Comparison& comparison) {
+  if (comparison.sample_tokens == 0) {
+    std::printf("  nothing measured    there is no sample\n");
+    return;
+  }
+  std::printf("  loss on the sample  %.6f -> %.6f nats a token (%lld tokens)\n", comparison.loss_before,
+              comparison.loss_after, static_cast<long long>(comparison.sample_tokens));
+  std::printf("  largest difference of a logit  %.3g\n", comparison.max_logit_difference);
+}
+
 std::string format_bytes(double bytes) {
   std::array<char, 32> text{};
   if (bytes >= 1 << 30) {

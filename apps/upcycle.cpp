@@ -40,9 +40,7 @@ void add_upcycle(CLI::App& program) {
     std::printf("  active a token      %s -> %s\n",
                 format_count(static_cast<double>(receipt.active_params_before)).c_str(),
                 format_count(static_cast<double>(receipt.active_params_after)).c_str());
-    std::printf("  loss on the sample  %.6f -> %.6f nats a token (%lld tokens)\n", receipt.loss_before,
-                receipt.loss_after, static_cast<long long>(receipt.sample_tokens));
-    std::printf("  largest difference of a logit  %.3g\n", receipt.max_logit_difference);
+    print_comparison(receipt.comparison);
     std::printf("  frozen tensors      %zu, their hashes in receipt.json\n", receipt.frozen.size());
   });
 }

@@ -1,60 +1,33 @@
 #include "hymoe/growth/upcycle.h"
 
 #include <algorithm>
+#include <cmath>
+#include <future>
+#include <map>
+#include <memory>
+#include <optional>
 
-#include <ATen/ops/cat.h>
-#include <ATen/ops/cross_entropy_loss.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/grad_mode.h>
+#include <torch/utils.h>
 
+#include "growth/expert_copies.h"
+#include "growth/measure.h"
+#include "growth/stream.h"
 #include "hymoe/config/config.h"
 #include "hymoe/config/version.h"
-#include "hymoe/data/batches.h"
-#include "hymoe/data/tokenizer.h"
 #include "hymoe/io/file.h"
 #include "hymoe/model/freeze.h"
+#include "hymoe/model/outline.h"
 #include "hymoe/model/pretrained.h"
+#include "io/names.h"
 
 namespace hymoe {
 namespace {
 
 namespace fs = std::filesystem;
+using Put = NewTensor::Put;
 
-// Documents to measure on, one forward pass each entry.
-struct Sample {
-  std::vector<Batch> batches;
-  int64_t targets = 0;
-};
-
-Batch batch_of(const std::vector<int64_t>& ids) {
-  const auto n = static_cast<int64_t>(ids.size());
-  Batch batch{.tokens = at::tensor(ids).view({1, n}),
-              .targets = at::full({1, n}, -100, at::kLong),
-              .offsets = at::tensor({int64_t{0}, n})};
-  batch.targets.narrow(1, 0, n - 1).copy_(batch.tokens.narrow(1, 1, n - 1));
-  return batch;
-}
-
-Sample read_sample(const UpcycleConfig& config, const Tokenizer& tokenizer) {
-  Sample sample;
-  const int64_t length = std::min(config.sample_seq_len, config.sample_tokens);
-  if (fs::is_directory(config.sample)) {
-    const Batches batches({.path = config.sample, .seq_len = length, .batch_size = 1, .seed = config.seed},
-                          "train", tokenizer.fingerprint());
-    for (int64_t step = 0; step * length < config.sample_tokens; ++step)
-      sample.batches.push_back(batches.at(step));
-  } else {
-    const std::vector<int32_t> ids = tokenizer.encode(read_text(config.sample));
-    const auto end = std::min(static_cast<int64_t>(ids.size()), config.sample_tokens);
-    for (int64_t begin = 0; end - begin >= 2; begin += length) {
-      sample.batches.push_back(batch_of({ids.begin() + begin, ids.begin() + std::min(begin + length, end)}));
-    }
-    if (sample.batches.empty())
-      throw DataError(config.sample, "expected at least two tokens of text, got " + std::to_string(end));
-  }
-  for (const Batch& batch : sample.batches) sample.targets += (batch.targets >= 0).sum().item<int64_t>();
-  return sample;
-}
+constexpr const char* kEmbedding = "model.embed_tokens.weight";
 
 ModelConfig hybrid_config(const ModelConfig& dense, const UpcycleConfig& config) {
   ModelConfig hybrid = dense;
@@ -72,50 +45,151 @@ ModelConfig hybrid_config(const ModelConfig& dense, const UpcycleConfig& config)
     throw ConfigError("moe", "experts are swiglu networks without biases, but the dense FFN is " + dense.ffn +
                                  (dense.ffn_bias ? " with biases" : ""));
   }
-  const auto check_hidden = [&](const std::string& key, int64_t hidden) {
-    if (hidden == dense.hidden) return;
-    throw ConfigError(key, "must be the dense FFN's width " + std::to_string(dense.hidden) + ", got " +
-                               std::to_string(hidden));
-  };
-  if (config.moe.shared.hidden != 0) check_hidden("moe.shared.hidden", config.moe.shared.hidden);
-  for (size_t b = 0; b < config.moe.branches.size(); ++b) {
-    check_hidden("moe.branches." + std::to_string(b) + ".hidden", config.moe.branches[b].hidden);
-  }
+  check_experts(config, dense.hidden);
   return hybrid;
 }
 
-using Parameters = torch::OrderedDict<std::string, Tensor>;
-
-// The dense FFN of one layer into its MoE layer: gate rows first, as SwigluExperts stacks them.
-void copy_ffn(const Parameters& dense, const ModelConfig& config, int64_t layer, Parameters& hybrid) {
-  const std::string mlp = "model.layers." + std::to_string(layer) + ".mlp.";
-  const Tensor gate = dense[mlp + "gate_proj.weight"], up = dense[mlp + "up_proj.weight"],
-               down = dense[mlp + "down_proj.weight"];
-  if (config.moe.shared.hidden > 0) {
-    hybrid[mlp + "shared_expert.gate_proj.weight"].copy_(gate);
-    hybrid[mlp + "shared_expert.up_proj.weight"].copy_(up);
-    hybrid[mlp + "shared_expert.down_proj.weight"].copy_(down);
+// A dense checkpoint's tensors must be those of its model, no more and no fewer.
+void check_tensors(const SafetensorsFolder& files, const Transformer& dense) {
+  std::vector<std::string> missing, extra, misshapen;
+  const auto parameters = dense->named_parameters();
+  for (const auto& item : parameters) {
+    if (!files.contains(item.key())) {
+      missing.push_back(item.key());
+    } else if (files.info(item.key()).shape != item.value().sizes() ||
+               !c10::isFloatingType(files.info(item.key()).dtype)) {
+      misshapen.push_back(item.key());
+    }
   }
-  for (const BranchConfig& branch : config.moe.branches) {
-    hybrid[mlp + branch.name + ".experts.gate_up_proj"].copy_(at::cat({gate, up}).unsqueeze(0));
-    hybrid[mlp + branch.name + ".experts.down_proj"].copy_(down.unsqueeze(0));
+  for (const std::string& name : files.names()) {
+    const bool tied = name == "lm_head.weight" && dense->config().tie_embeddings;
+    if (!tied && !parameters.contains(name)) extra.push_back(name);
   }
+  std::string text;
+  append_names(text, missing, "tensors missing");
+  append_names(text, extra, "tensors that this model has not");
+  append_names(text, misshapen, "tensors of another shape or type");
+  if (!text.empty()) throw DataError(files.path().string(), text);
 }
 
-void copy_weights(const Transformer& dense, Transformer& hybrid) {
-  const Parameters from = dense->named_parameters();
-  Parameters to = hybrid->named_parameters();
-  for (const auto& item : from) {
-    if (Tensor* target = to.find(item.key())) target->copy_(item.value());
+// The tensors of the hybrid model as recipes over those of the dense ones.
+class Upcycling {
+ public:
+  Upcycling(const UpcycleConfig& config, const ModelConfig& dense, const ModelConfig& hybrid,
+            const std::vector<std::unique_ptr<SafetensorsFolder>>& sources, at::ScalarType dtype)
+      : config_(config), dense_(dense), hybrid_(hybrid), sources_(sources), dtype_(dtype) {}
+
+  std::vector<NewTensor> tensors(const Transformer& outline) const {
+    std::map<std::string, Tensor> fresh;
+    std::map<std::string, std::function<void(const Put&)>> experts;
+    for (const int64_t layer : hybrid_.moe_layers) {
+      add_fresh(mlp(layer), fresh);
+      add_experts(mlp(layer), experts);
+    }
+    std::vector<NewTensor> all;
+    const auto add = [&](const std::string& name, const Tensor& like, at::ScalarType dtype) {
+      NewTensor tensor{{name, dtype, like.sizes().vec()}, {}};
+      if (const auto it = fresh.find(name); it != fresh.end()) {
+        tensor.make = [values = it->second](const Put& put) { put(values); };
+      } else if (const auto made = experts.find(name); made != experts.end()) {
+        tensor.make = made->second;
+      } else {
+        tensor.make = [this, from = name_in_source(name)](const Put& put) { put(mean(from)); };
+      }
+      all.push_back(std::move(tensor));
+    };
+    for (const auto& item : outline->named_parameters()) add(item.key(), item.value(), dtype_);
+    for (const auto& item : outline->named_buffers())
+      add(item.key(), item.value(), item.value().scalar_type());
+    return all;
   }
-  for (const int64_t layer : hybrid->config().moe_layers) copy_ffn(from, hybrid->config(), layer, to);
-}
+
+ private:
+  static std::string mlp(int64_t layer) { return "model.layers." + std::to_string(layer) + ".mlp."; }
+
+  static std::string name_in_source(std::string name) {
+    static const std::string kShared = ".mlp.shared_expert.";
+    const size_t at = name.find(kShared);
+    return at == std::string::npos ? name : name.replace(at, kShared.size(), ".mlp.");
+  }
+
+  Tensor mean(const std::string& name) const {
+    Tensor sum = sources_[0]->tensor(name);
+    if (sources_.size() == 1) return sum;
+    sum = sum.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+    for (size_t i = 1; i < sources_.size(); ++i) sum += sources_[i]->tensor(name);
+    return sum / static_cast<double>(sources_.size());
+  }
+
+  // What is of no dense model begins as its class says: routers, gates and fusion, out of a layer whose
+  // experts are as small as can be.
+  void add_fresh(const std::string& mlp, std::map<std::string, Tensor>& fresh) const {
+    MoEConfig small = hybrid_.moe;
+    if (small.shared.hidden > 0) small.shared.hidden = 1;
+    for (BranchConfig& branch : small.branches) branch.hidden = 1;
+    torch::manual_seed(generator_for(config_.seed, mlp).current_seed());
+    MoE moe(small);
+    for (const auto& list : {moe->named_parameters(), moe->named_buffers()}) {
+      for (const auto& item : list) {
+        if (item.key().find(".experts.") == std::string::npos && !item.key().starts_with("shared_expert."))
+          fresh[mlp + item.key()] = item.value().detach();
+      }
+    }
+    for (const BranchConfig& branch : small.branches) {
+      const std::string name = mlp + branch.name + ".router.weight";
+      if (const auto it = fresh.find(name); it != fresh.end())
+        it->second = router_weights(config_, original(branch.name), dense_.hidden, it->second,
+                                    generator_for(config_.seed, name));
+    }
+  }
+
+  const BranchConfig& original(const std::string& name) const {
+    return *std::find_if(hybrid_.moe.branches.begin(), hybrid_.moe.branches.end(),
+                         [&](const BranchConfig& branch) { return branch.name == name; });
+  }
+
+  void add_experts(const std::string& mlp,
+                   std::map<std::string, std::function<void(const Put&)>>& experts) const {
+    for (const BranchConfig& branch : hybrid_.moe.branches) {
+      const std::string pool = mlp + branch.name + ".experts.";
+      experts[pool + "gate_up_proj"] = [this, mlp, pool, &branch](const Put& put) {
+        put_experts(mlp, {"gate_proj", "up_proj"}, pool, branch, put);
+      };
+      experts[pool + "down_proj"] = [this, mlp, pool, &branch](const Put& put) {
+        put_experts(mlp, {"down_proj"}, pool, branch, put);
+      };
+    }
+  }
+
+  void put_experts(const std::string& mlp, const std::vector<std::string>& matrices, const std::string& pool,
+                   const BranchConfig& branch, const Put& put) const {
+    double factor = 1;
+    if (config_.method == "granular" && config_.scaling != "none") {
+      const double lacking = lacking_factor(config_, branch, dense_.hidden);
+      if (config_.scaling == "published") factor = std::cbrt(lacking);
+      if (config_.scaling == "exact" && matrices[0] == "down_proj") factor = lacking;
+    }
+    const std::vector<ExpertCopy> copies = expert_copies(config_, branch, dense_.hidden, pool);
+    for (size_t e = 0; e < copies.size(); ++e) {
+      for (const std::string& matrix : matrices) {
+        const Tensor dense = sources_[copies[e].source]->tensor(mlp + matrix + ".weight");
+        put(expert_matrix(config_, copies[e], dense, matrix == "down_proj", factor,
+                          generator_for(config_.seed, pool + matrix + "." + std::to_string(e))));
+      }
+    }
+  }
+
+  const UpcycleConfig& config_;
+  const ModelConfig &dense_, &hybrid_;
+  const std::vector<std::unique_ptr<SafetensorsFolder>>& sources_;
+  at::ScalarType dtype_;
+};
 
 // Cut-offs of threshold routers: what expert choice would have cut on the sample. A layer's input depends on
 // the layers before it, so where fusion does not preserve the dense model's output the cut-offs of deep
 // layers settle in a second pass. Selection biases stay as they are: they answer a router that trains, and
 // this one is fresh.
-void calibrate(Transformer& model, const Sample& sample, int passes, const UpcycleProgress& progress) {
+void calibrate(Transformer& model, const Sample& sample, int passes, const GrowthProgress& progress) {
   std::vector<std::pair<Tensor, Tensor>> biases;
   for (const auto& item : model->named_buffers()) {
     if (item.key().ends_with(".router.bias")) biases.emplace_back(item.value(), item.value().clone());
@@ -130,102 +204,109 @@ void calibrate(Transformer& model, const Sample& sample, int passes, const Upcyc
     model->end_step();
   }
   for (auto& [bias, before] : biases) bias.copy_(before);
-  model->eval();
 }
 
-void compare(Transformer& dense, Transformer& hybrid, const Sample& sample, UpcycleReceipt& receipt,
-             const UpcycleProgress& progress) {
-  constexpr int64_t kRows = 512;  // logits of that many rows at a time
-  const auto nats = [](const Tensor& logits, const Tensor& targets) {
-    return at::cross_entropy_loss(logits, targets, {}, at::Reduction::Sum, -100).item<double>();
-  };
-  int64_t done = 0;
-  for (const Batch& batch : sample.batches) {
-    progress("compare", done++, static_cast<int64_t>(sample.batches.size()));
-    const Tensor tokens = batch.tokens.flatten(), targets = batch.targets.flatten();
-    const Packing packing{.offsets = batch.offsets};
-    const Tensor before = dense->hidden(tokens, packing).hidden,
-                 after = hybrid->hidden(tokens, packing).hidden;
-    for (int64_t t = 0; t < tokens.numel(); t += kRows) {
-      const int64_t rows = std::min(kRows, tokens.numel() - t);
-      const Tensor a = dense->logits(before.narrow(0, t, rows)), b = hybrid->logits(after.narrow(0, t, rows));
-      receipt.max_logit_difference =
-          std::max(receipt.max_logit_difference, (a - b).abs().max().item<double>());
-      receipt.loss_before += nats(a, targets.narrow(0, t, rows));
-      receipt.loss_after += nats(b, targets.narrow(0, t, rows));
-    }
+// One model in memory at a time, each in its own dtype.
+Comparison measure(const fs::path& source, const fs::path& folder, const SafetensorsLayout& layout,
+                   const UpcycleConfig& config, const Sample& sample, const GrowthProgress& progress) {
+  Outputs before;
+  {
+    Transformer dense = load_in_own_dtype(source);
+    before = outputs_of(dense, sample, "measure source", progress);
   }
-  receipt.sample_tokens = sample.targets;
-  receipt.loss_before /= static_cast<double>(sample.targets);
-  receipt.loss_after /= static_cast<double>(sample.targets);
+  Transformer hybrid = load_in_own_dtype(folder);
+  calibrate(hybrid, sample, config.preserve ? 1 : 2, progress);
+  std::vector<TensorPart> buffers;
+  for (const auto& item : hybrid->named_buffers())
+    buffers.push_back(TensorPart::whole(item.key(), item.value()));
+  layout.write(folder, buffers);
+  return compare(before, outputs_of(hybrid, sample, "measure target", progress), sample);
 }
 
-std::string sha256_of(const Tensor& tensor) {
-  const Tensor bytes = tensor.detach().to(at::kCPU).contiguous();
-  return sha256(std::span(static_cast<const std::byte*>(bytes.const_data_ptr()), bytes.nbytes()));
+at::ScalarType dtype_of(const UpcycleConfig& config, const SafetensorsFolder& source) {
+  if (config.dtype == "source") return source.info(kEmbedding).dtype;
+  return config.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
 }
 
 }  // namespace
 
 void UpcycleConfig::check() const {
-  if (sample.empty())
-    throw ConfigError("sample", "must name a folder that hymoe prepare wrote, or a text file");
   if (moe.branches.empty() && moe.shared.hidden == 0)
     throw ConfigError("moe", "must have a shared expert or a branch");
 }
 
 nlohmann::ordered_json UpcycleReceipt::to_json() const {
-  nlohmann::ordered_json json{{"hymoe", kVersion},
-                              {"method", "copy"},
-                              {"source", source},
-                              {"max_logit_difference", max_logit_difference},
-                              {"loss_before", loss_before},
-                              {"loss_after", loss_after},
-                              {"sample_tokens", sample_tokens},
-                              {"params_before", params_before},
-                              {"params_after", params_after},
-                              {"active_params_before", active_params_before},
-                              {"active_params_after", active_params_after},
-                              {"moe_layers", moe_layers},
-                              {"frozen", nlohmann::ordered_json::object()}};
+  nlohmann::ordered_json json{
+      {"hymoe", kVersion}, {"method", config.method}, {"source", source}, {"source_files", source_files}};
+  comparison.add_to(json);
+  json["params_before"] = params_before;
+  json["params_after"] = params_after;
+  json["active_params_before"] = active_params_before;
+  json["active_params_after"] = active_params_after;
+  json["moe_layers"] = moe_layers;
+  json["frozen"] = nlohmann::ordered_json::object();
   for (const auto& [name, hash] : frozen) json["frozen"][name] = hash;
+  json["config"] = hymoe::to_json(config);
   return json;
 }
 
 UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const UpcycleConfig& config,
-                       const UpcycleProgress& told) {
-  const UpcycleProgress progress = told ? told : [](const char*, int64_t, int64_t) {};
+                       const GrowthProgress& told) {
+  const GrowthProgress progress = told ? told : [](const char*, int64_t, int64_t) {};
   check_config(config);
-  torch::NoGradGuard no_grad;
-  Transformer dense = load_pretrained(source);
-  if (!dense->config().moe_layers.empty())
+  const torch::NoGradGuard no_grad;
+  const ModelConfig dense_config = read_model_config(source);
+  if (!dense_config.moe_layers.empty())
     throw DataError(source.string(), "expected a dense model, got one with MoE layers");
-  const Tokenizer tokenizer = Tokenizer::load(source);
-  const Sample sample = read_sample(config, tokenizer);
+  const ModelConfig hybrid_config = hymoe::hybrid_config(dense_config, config);
+  const Transformer dense = outline(dense_config), hybrid = outline(hybrid_config);
+  const std::vector<std::string> frozen = frozen_parameters(hybrid);
 
-  torch::manual_seed(static_cast<uint64_t>(config.seed));
-  // What is not copied (routers, fusion) begins as its class says.
-  Transformer hybrid(hybrid_config(dense->config(), config), Mesh{}, Init::kNone);
-  copy_weights(dense, hybrid);
-  dense->eval();
-  calibrate(hybrid, sample, config.preserve ? 1 : 2, progress);
+  std::vector<std::unique_ptr<SafetensorsFolder>> sources;
+  std::vector<const SafetensorsFolder*> read;
+  std::vector<fs::path> folders = {source};
+  folders.insert(folders.end(), config.experts_from.begin(), config.experts_from.end());
+  for (const fs::path& folder : folders) {
+    read.push_back(sources.emplace_back(std::make_unique<SafetensorsFolder>(folder)).get());
+    check_tensors(*read.back(), dense);
+  }
+  std::optional<Sample> sample;
+  if (!config.sample.empty())
+    sample = read_sample(config.sample, config.sample_tokens, config.sample_seq_len, config.seed, source);
+  auto hashes = std::async(std::launch::async, [&] {
+    auto all = nlohmann::ordered_json::object();
+    for (size_t i = 0; i < folders.size(); ++i) all[folders[i].string()] = hash_files(*sources[i]);
+    return all;
+  });
+
+  const at::ScalarType dtype = dtype_of(config, *sources[0]);
+  AtomicDirectory directory(target);
+  const fs::path& folder = directory.folder();
+  std::map<std::string, Sha256> frozen_hashes;
+  for (const std::string& name : frozen) frozen_hashes[name];
+  const SafetensorsLayout layout = write_tensors(
+      folder, "model", Upcycling(config, dense_config, hybrid_config, sources, dtype).tensors(hybrid), read,
+      progress, [&](const std::string& name, const Tensor& values) {
+        const auto it = frozen_hashes.find(name);
+        if (it == frozen_hashes.end()) return;
+        it->second.update(std::span(static_cast<const std::byte*>(values.const_data_ptr()), values.nbytes()));
+      });
+  write_file_atomic(folder / "config.json",
+                    model_config_json(hybrid->config(), dtype, hybrid->noncausal()).dump(2) + "\n");
+  copy_tokenizer_files(source, folder);
 
   UpcycleReceipt receipt{.source = source.string(),
+                         .config = config,
                          .params_before = dense->num_params(),
                          .params_after = hybrid->num_params(),
                          .active_params_before = dense->num_active_params(),
                          .active_params_after = hybrid->num_active_params(),
-                         .moe_layers = hybrid->config().moe_layers};
-  compare(dense, hybrid, sample, receipt, progress);
-  progress("write", 0, 1);
-  const Parameters parameters = hybrid->named_parameters();
-  for (const auto& name : frozen_parameters(hybrid))
-    receipt.frozen.emplace_back(name, sha256_of(parameters[name]));
-
-  AtomicDirectory directory(target);
-  write_pretrained(hybrid, directory.folder(), source);
-  write_file_atomic(directory.folder() / "receipt.json", receipt.to_json().dump(2) + "\n");
-  write_file_atomic(directory.folder() / "upcycle.yaml", to_yaml(config));
+                         .moe_layers = hybrid_config.moe_layers};
+  for (const std::string& name : frozen) receipt.frozen.emplace_back(name, frozen_hashes[name].hex());
+  if (sample) receipt.comparison = measure(source, folder, layout, config, *sample, progress);
+  receipt.source_files = hashes.get();
+  write_file_atomic(folder / "receipt.json", receipt.to_json().dump(2) + "\n");
+  write_file_atomic(folder / "upcycle.yaml", to_yaml(config));
   directory.commit();
   return receipt;
 }

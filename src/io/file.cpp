@@ -136,6 +136,10 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
 }
 
+void MappedFile::drop_pages() const {
+  if (data_ != nullptr) ::madvise(const_cast<std::byte*>(data_), size_, MADV_DONTNEED);
+}
+
 std::string read_text(const fs::path& path) {
   const FileDescriptor fd = open_to_read(path);
   struct stat status;
@@ -313,7 +317,19 @@ std::string sha256(std::span<const std::byte> bytes) {
 
 std::string sha256(std::string_view text) { return sha256(std::as_bytes(std::span(text))); }
 
-std::string sha256_file(const fs::path& path) { return sha256(MappedFile(path).bytes()); }
+std::string sha256_file(const fs::path& path) {
+  // Read, not mapped: the file may be larger than the memory that a process shall have.
+  const FileDescriptor fd = open_to_read(path);
+  std::vector<std::byte> piece(1 << 20);
+  Sha256 hash;
+  while (true) {
+    const ssize_t got = ::read(fd.get(), piece.data(), piece.size());
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail(path, "cannot read");
+    if (got == 0) return hash.hex();
+    hash.update(std::span(piece).first(static_cast<size_t>(got)));
+  }
+}
 
 int64_t free_bytes(const fs::path& path) {
   std::error_code ignored;

@@ -115,8 +115,14 @@ void SafetensorsLayout::create(const fs::path& folder) const {
 }
 
 void SafetensorsLayout::write(const fs::path& folder, const std::vector<TensorPart>& parts) const {
+  write(folder, [&](const Put& put) {
+    for (const TensorPart& part : parts) put(part);
+  });
+}
+
+void SafetensorsLayout::write(const fs::path& folder, const std::function<void(const Put&)>& produce) const {
   std::vector<std::optional<SharedFile>> open(files_.size());
-  for (const TensorPart& part : parts) {
+  produce([&](const TensorPart& part) {
     const auto found = numbers_.find(part.shard.name);
     TORCH_CHECK(found != numbers_.end(), "write_safetensors: no tensor is named ", part.shard.name);
     const TensorSpec& tensor = tensors_[found->second];
@@ -127,7 +133,7 @@ void SafetensorsLayout::write(const fs::path& folder, const std::vector<TensorPa
     const Place& place = places_[found->second];
     if (!open[place.file]) open[place.file].emplace(folder / files_[place.file].name);
     write_part(*open[place.file], place, part);
-  }
+  });
   for (auto& file : open) {
     if (file) file->commit();
   }

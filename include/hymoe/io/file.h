@@ -40,6 +40,8 @@ class MappedFile {
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   const std::filesystem::path& path() const { return path_; }
+  /// Gives back the memory of pages read so far; touched again they are read again.
+  void drop_pages() const;
 
  private:
   std::filesystem::path path_;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -52,6 +53,8 @@ class SafetensorsFile {
   /// Fills part.values, in their dtype and on their device, from the runs of the part alone. Throws DataError
   /// when the tensor is absent, or has another shape or a dtype that is not converted (see reads_as).
   void read(const TensorPart& part) const;
+  /// See MappedFile::drop_pages.
+  void drop_pages() const { file_->drop_pages(); }
 
  private:
   std::shared_ptr<const MappedFile> file_;
@@ -126,6 +129,9 @@ class SafetensorsLayout {
   void create(const std::filesystem::path& folder) const;
   /// Writes parts of the tensors into the files that create() made, to the disk.
   void write(const std::filesystem::path& folder, const std::vector<TensorPart>& parts) const;
+  /// The same for parts that `produce` hands on one by one, none of which need stay.
+  using Put = std::function<void(const TensorPart&)>;
+  void write(const std::filesystem::path& folder, const std::function<void(const Put&)>& produce) const;
 
  private:
   struct Place {
