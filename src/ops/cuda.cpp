@@ -1,3 +1,4 @@
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/types.h>
@@ -7,6 +8,12 @@
 namespace hymoe::ops::device {
 
 bool takes(const Tensor& x) { return x.is_cuda(); }
+
+int generation(const Tensor& x) {
+  int major = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device()));
+  return major;
+}
 
 kernels::Stream stream(const Tensor& x) {
   // A launch goes to the current device, which is x's while autograd or the trainer runs; make sure of it.

@@ -16,6 +16,9 @@ bool takes(const Tensor& x);
 /// Whether this build has a fused path for x, by a CPU loop or a kernel.
 inline bool fused(const Tensor& x) { return x.is_cpu() || takes(x); }
 
+/// Which GPUs x's is of: the first number of its compute capability (8: A100, 9: H100, 10: B200).
+int generation(const Tensor& x);
+
 /// Of x's device, where LibTorch puts its own work too.
 kernels::Stream stream(const Tensor& x);
 

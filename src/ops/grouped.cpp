@@ -231,8 +231,10 @@ struct SwigluMlp : Function<SwigluMlp> {
 }  // namespace
 
 bool counts_on_device(const Tensor& rows, const Tensor& weight) {
-  return device::takes(rows) && rows.scalar_type() == at::kBFloat16 && weight.size(1) % 8 == 0 &&
-         weight.size(2) % 8 == 0;
+  if (!device::takes(rows) || rows.scalar_type() != at::kBFloat16) return false;
+  // Elsewhere LibTorch has at::_grouped_mm read its offsets on the host, in each product.
+  const int generation = device::generation(rows);
+  return (generation == 9 || generation == 10) && weight.size(1) % 8 == 0 && weight.size(2) % 8 == 0;
 }
 
 Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert) {

@@ -16,6 +16,8 @@ namespace hymoe::ops::device {
 
 bool takes(const Tensor&) { return false; }
 
+int generation(const Tensor&) { return 0; }
+
 kernels::Stream stream(const Tensor&) { TORCH_CHECK(false, "this build has no CUDA kernels"); }
 
 void* address(const Tensor&) { TORCH_CHECK(false, "this build has no CUDA kernels"); }

@@ -12,8 +12,8 @@ using at::Tensor;
 Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert);
 
 /// Whether grouped_mm, and swiglu_experts with down_proj too, leaves rows_per_expert to the device, unread by
-/// the host: on a GPU with kernels, in bf16, with sizes that are multiples of 8. There may then be more rows
-/// than it adds up to; the last ones give anything, and their gradients are anything.
+/// the host: on an H100 or B200, with kernels, in bf16, with sizes that are multiples of 8. There may then be
+/// more rows than it adds up to; the last ones give anything, and their gradients are anything.
 bool counts_on_device(const Tensor& rows, const Tensor& weight);
 
 /// gate_up [R, 2·H], gate columns first -> [R, H] = silu(gate)·up (Shazeer 2020, arXiv 2002.05202).
