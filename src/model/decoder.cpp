@@ -4,6 +4,7 @@
 #include <utility>
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/layer_norm.h>
@@ -87,6 +88,11 @@ AttentionImpl::AttentionImpl(const ModelConfig& config, const Mesh& mesh, int64_
   k_proj = project("k_proj", config.dim, num_kv_heads * head_size, config.has_qkv_bias());
   v_proj = project("v_proj", config.dim, num_kv_heads * head_size, config.has_qkv_bias());
   o_proj = project("o_proj", num_heads * head_size, config.dim, config.o_bias);
+  if (config.top_query && layer == config.num_layers - 1) {
+    query_positions =
+        register_module("query_positions",
+                        std::make_shared<WeightImpl>(std::vector<int64_t>{config.max_seq_len, config.dim}));
+  }
   if (config.qk_norm == "none") return;
   const auto norm = [&](const char* name, int64_t heads) {
     const int64_t size = norm_of_heads ? head_size : heads * head_size;
@@ -120,7 +126,9 @@ Tensor AttentionImpl::rotated(const Tensor& x, const Rows& rows) const {
 }
 
 Tensor AttentionImpl::forward(const Tensor& x, const Rows& rows) const {
-  Tensor q = rotated(normed(q_proj->forward(x), q_norm.get()), rows);
+  const Tensor asking =
+      query_positions ? copy_to_ranks(at::embedding(query_positions->weight, rows.positions), tp) : x;
+  Tensor q = rotated(normed(q_proj->forward(asking), q_norm.get()), rows);
   if (scale != 1) q = q * (scale * scale);
   const Tensor k = rotated(normed(k_proj->forward(x), k_norm.get()), rows);
   const Tensor v = normed(v_proj->forward(x), nullptr);

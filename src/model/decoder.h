@@ -58,7 +58,8 @@ struct AttentionImpl : torch::nn::Module {
   double norm_eps, scale;  // of rotating queries, for what longrope does to queries and keys
   Group tp;
   std::shared_ptr<LinearImpl> q_proj, k_proj, v_proj, o_proj;
-  std::shared_ptr<WeightImpl> q_norm, k_norm;  // nullptr: none
+  std::shared_ptr<WeightImpl> q_norm, k_norm;   // nullptr: none
+  std::shared_ptr<WeightImpl> query_positions;  // what queries are made of instead of x, where there are any
 
  private:
   Tensor normed(const Tensor& x, const WeightImpl* norm) const;
@@ -94,7 +95,7 @@ struct DecoderImpl : torch::nn::Module {
   DecoderImpl(const ModelConfig& config, const Mesh& mesh);
 
   std::shared_ptr<WeightImpl> embed_tokens, embed_positions;  // the latter with learned positions
-  std::shared_ptr<NormImpl> norm;
+  std::shared_ptr<NormImpl> norm;  // before the last block with top_query, else behind it
   std::vector<std::shared_ptr<BlockImpl>> layers;
 };
 

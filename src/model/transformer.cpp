@@ -130,7 +130,7 @@ void TransformerImpl::reset_parameters() {
       draw_experts(shard, part, whole.name.ends_with("down_proj") ? residual_std : kInitStd);
     } else if (is_one_of({"o_proj.weight", "down_proj.weight"})) {
       draw(shard, part, residual_std);
-    } else if (is_one_of({"embed_tokens.weight", "embed_positions.weight", "lm_head.weight", "q_proj.weight",
+    } else if (is_one_of({"embed_tokens.weight", "_positions.weight", "lm_head.weight", "q_proj.weight",
                           "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"})) {
       draw(shard, part, kInitStd);
     }
@@ -159,6 +159,11 @@ Tensor TransformerImpl::angles_on(at::Device device) const {
   return inv_freq_.defined() ? inv_freq_.to(device) : inv_freq_;
 }
 
+// The final norm, where it stands before this layer.
+Tensor TransformerImpl::normed_before(int64_t layer, const Tensor& x) const {
+  return layer == config_.num_layers - (config_.top_query ? 1 : 0) ? model_->norm->forward(x) : x;
+}
+
 ModelOutput TransformerImpl::hidden(const Tensor& tokens, const Packing& packing, KVCache* cache) {
   check_packing(tokens, packing, config_, cache);
   const torch::AutoGradMode grad(torch::GradMode::is_enabled() && cache == nullptr);
@@ -169,8 +174,8 @@ ModelOutput TransformerImpl::hidden(const Tensor& tokens, const Packing& packing
   ModelOutput output;
   output.aux_loss = at::zeros({}, at::TensorOptions(at::kFloat).device(device));
   Tensor x = embed(tokens, rows.positions);
-  for (const auto& layer : model_->layers) x = layer->forward(std::move(x), rows, output);
-  output.hidden = model_->norm->forward(x);
+  for (const auto& layer : model_->layers) x = layer->forward(normed_before(layer->layer, x), rows, output);
+  output.hidden = normed_before(config_.num_layers, x);
   if (cache != nullptr) cache->advance(packing.offsets);
   return output;
 }
@@ -231,7 +236,7 @@ std::string TransformerImpl::first_non_finite(const Tensor& tokens, const Packin
   }
   Tensor x = embed(tokens, rows.positions);
   for (const auto& layer : model_->layers) {
-    x = layer->forward(std::move(x), rows, output);
+    x = layer->forward(normed_before(layer->layer, x), rows, output);
     const std::string name = "model.layers." + std::to_string(layer->layer);
     if (!all_finite(finite(x))) return "the output of " + name + " is not finite";
     if (!all_finite(finite(output.aux_loss))) return "the auxiliary loss of " + name + " is not finite";
@@ -290,7 +295,8 @@ int64_t TransformerImpl::num_active_params() const {
 
 double TransformerImpl::flops_per_token(int64_t seq_len) const {
   int64_t looked_up = config_.tie_embeddings ? 0 : config_.vocab_size * config_.dim;
-  if (model_->embed_positions) looked_up += config_.max_seq_len * config_.dim;
+  const int64_t tables = (config_.positions == "learned" ? 1 : 0) + (config_.top_query ? 1 : 0);
+  looked_up += tables * config_.max_seq_len * config_.dim;
   const double attention =
       config_.attention_span(seq_len) * static_cast<double>(config_.num_heads * config_.head_size());
   return 6.0 * (static_cast<double>(num_active_params() - looked_up) + attention);

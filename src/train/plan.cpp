@@ -52,7 +52,7 @@ double share_of(const std::string& name, const ModelConfig& model) {
 // trains, and with recomputation the forward again.
 void count_products(const ParameterShard& parameter, PlanSetting& s) {
   const std::string& name = parameter.shard.name;
-  if (name == "model.embed_positions.weight") return;
+  if (name.ends_with("_positions.weight")) return;  // looked up
   if (name == "model.embed_tokens.weight" && !s.model.tie_embeddings) return;
   const double ranks = parameter.expert ? static_cast<double>(s.ep.size) : 1;
   const double flops =

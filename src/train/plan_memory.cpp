@@ -52,9 +52,10 @@ double activation_bytes(const PlanSetting& s) {
   const double moe = ffn_bytes(s, true), dense = ffn_bytes(s, false);
   const double ends = 2 * dim + 3 * kFloat;  // the last norm's input, and the gradient of its result
   const double same = s.model.parallel_residual ? dim : 0;  // both halves of a block keep one input
+  const double top = s.model.top_query ? dim : 0;           // what the last block's queries are made of
   if (!s.config.recompute)
-    return s.rows *
-           (s.layers * (attention - same) + s.moe_layers * moe + (s.layers - s.moe_layers) * dense + ends);
+    return s.rows * (s.layers * (attention - same) + s.moe_layers * moe + (s.layers - s.moe_layers) * dense +
+                     ends + top);
   // The inputs of both halves, and what routers keep.
   const FfnNumbers ffn = s.ffn(true);
   const double routing = dim + ffn.router_bytes + ffn.slots * (kFloat + 2 * kLong);

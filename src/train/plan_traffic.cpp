@@ -104,7 +104,8 @@ void TrafficPlanner::slices() {
   const FfnNumbers ffn = s_.moe_layers > 0 ? s_.ffn(true) : FfnNumbers{};
   const double coefficients = s_.rows * (ffn.slots + (ffn.shared_weight ? 1 : 0)) * kFloat;
   add("attention, FFN: forward", s_.tp, "all_reduce", micro_ * (2 * s_.layers + again * s_.moe_layers), row);
-  add("attention, FFN: backward", s_.tp, "all_reduce", micro_ * 2 * s_.layers, row);
+  add("attention, FFN: backward", s_.tp, "all_reduce",
+      micro_ * (2 * s_.layers + (s_.model.top_query ? 1 : 0)), row);
   qk_norms();
   add("coefficients of experts", s_.tp, "all_reduce", micro_ * s_.moe_layers, coefficients);
   add("embedding and output", s_.tp, "all_reduce", micro_ * 2, row);

@@ -8,6 +8,8 @@
 
 #include <ATen/ops/randint.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/Allocator.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/grad_mode.h>
 #include <nlohmann/json.hpp>
@@ -340,6 +342,37 @@ TEST_F(Pretrained, ModelOfAFamilyWithExpertsIsOursUntilExported) {
   for (size_t i = 0; i < before.size(); ++i) EXPECT_TRUE(before[i].equal(after[i])) << i;
 }
 
+// Beside the model, one tensor of it in memory: reading expert by expert, and writing.
+TEST_F(Pretrained, ModelOfAFamilyIsReadAndWrittenTensorByTensor) {
+  struct Meter : c10::MemoryReportingInfoBase {
+    void reportMemoryUsage(void*, int64_t size, size_t, size_t, at::Device) override {
+      now += size;
+      most = std::max(most, now);
+    }
+    bool memoryProfilingEnabled() const override { return true; }
+    int64_t now = 0, most = 0;
+  };
+  ModelConfig config = mixtral_config();
+  config.num_layers = 6;
+  config.moe_layers = {0, 1, 2, 3, 4, 5};
+  Transformer model(config);
+  int64_t bytes = 0, largest = 0;
+  for (const Tensor& parameter : model->parameters()) {
+    bytes += static_cast<int64_t>(parameter.nbytes());
+    largest = std::max(largest, static_cast<int64_t>(parameter.nbytes()));
+  }
+  const auto peak_of = [](const std::function<void()>& run) {
+    const auto meter = std::make_shared<Meter>();
+    const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, meter);
+    run();
+    return meter->most;
+  };
+  const int64_t slack = 4096;
+  EXPECT_LT(peak_of([&] { export_pretrained(model, folder_ / "m"); }), largest + slack);
+  EXPECT_LT(peak_of([&] { load_pretrained(folder_ / "m"); }), bytes + largest + slack);
+  EXPECT_LT(slack, largest);
+}
+
 TEST_F(Pretrained, WhatTheFamilyHasNoWordForIsNotExported) {
   const auto refused = [&](const ModelConfig& config) {
     try {
@@ -363,6 +396,7 @@ TEST_F(Pretrained, WhatTheFamilyHasNoWordForIsNotExported) {
   expect(changed(tiny_config(false), [](C& c) { c.o_bias = true; }), "qkv_bias false");
   expect(changed(tiny_config(false), [](C& c) { c.sliding_window = 4; }), "sliding_window 4");
   expect(changed(gpt2_config(), [](C& c) { c.parallel_residual = true; }), "parallel_residual true");
+  expect(changed(gpt2_config(), [](C& c) { c.top_query = true; }), "top_query true");
   expect(changed(gpt2_config(), [](C& c) { c.num_kv_heads = 1; }), "num_kv_heads 1");
   const auto experts = [&](auto change) { return changed(mixtral_config(), [&](C& c) { change(c.moe); }); };
   expect(changed(mixtral_config(), [](C& c) { c.moe_layers = {1}; }), "moe_layers");

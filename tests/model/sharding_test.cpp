@@ -47,10 +47,14 @@ TEST(ParameterShards, FreshWeightsAndCountsDoNotDependOnTheMesh) {
 }
 
 TEST(ParameterShards, LoadsItsPartsOfACheckpoint) {
-  for (const auto& [config, tp] : {std::pair(hybrid_config(), 2), {listed_config(), 1}}) {
+  ModelConfig mixtral = dense_config("mixtral", false);
+  mixtral.moe_layers = {0, 1, 2};
+  mixtral.moe.branches = {{.name = "token", .num_experts = 8, .hidden = 8}};
+  for (const auto& [config, tp] : {std::pair(hybrid_config(), 2), {listed_config(), 1}, {mixtral, 2}}) {
     const TemporaryFolder folder;
     Transformer whole = make_whole(config, at::kFloat);
-    save_pretrained(whole, folder / "model");
+    const bool exported = config.family == "mixtral";
+    (exported ? export_pretrained : save_pretrained)(whole, folder / "model", {});
     const auto values = whole->named_parameters();
     const Sample all = sample_of(0, 1);
     const Result wanted = run(whole, all, 1);

@@ -98,14 +98,15 @@ TEST(Transformer, LaterTokensDoNotChangeEarlierOutputs) {
     changed[t] = (changed[t] + 17) % kVocab;
     const Tensor a = logits(model, tokens, documents({30})), b = logits(model, changed, documents({30}));
     EXPECT_GT(difference(a[t], b[t]), 0);
-    return difference(a.narrow(0, 0, t), b.narrow(0, 0, t)) > 0;
+    // Experts with other numbers of rows may round otherwise.
+    return difference(a.narrow(0, 0, t), b.narrow(0, 0, t)) > 1e-5;
   };
   std::vector<ModelConfig> configs = varied(hybrid_config());
   for (const auto& [score, select] : kCausal) configs.push_back(hybrid_config(score, select));
   for (const ModelConfig& config : configs) {
     Transformer model = make_model(config);
     EXPECT_TRUE(model->causal());
-    for (const int64_t t : {1, 7, 8, 29}) EXPECT_FALSE(change_seen_before(model, t)) << to_yaml(config) << t;
+    for (const int64_t t : {1, 7, 8, 29}) EXPECT_FALSE(change_seen_before(model, t)) << config.qk_norm << " " << t;
   }
   Transformer published = make_model(hybrid_config("own", "expert_choice"));
   EXPECT_FALSE(published->causal());

@@ -76,6 +76,7 @@ struct ModelConfig {
   std::string ffn = "swiglu";
   bool ffn_bias = false;
   bool parallel_residual = false;
+  bool top_query = false;
   std::string norm = "rms";
   double norm_eps = 1e-5;
   bool tie_embeddings = true;
@@ -125,6 +126,9 @@ struct ModelConfig {
             .one_of({"swiglu", "gelu", "gelu_tanh"}),
         field("ffn_bias", &C::ffn_bias, "biases in the dense FFN"),
         field("parallel_residual", &C::parallel_residual, "the FFN sees what attention saw, not its result"),
+        field("top_query", &C::top_query,
+              "the last block stands behind the final norm, and its queries come from a vector a position "
+              "(CodeGeeX)"),
         field("norm", &C::norm, "layer: LayerNorm with weight and bias").one_of({"rms", "layer"}),
         field("norm_eps", &C::norm_eps, "added to the mean square, or variance, in norms").above(0),
         field("tie_embeddings", &C::tie_embeddings, "the embedding is the output matrix too"),

@@ -51,7 +51,7 @@ struct LinearImpl;
 /// model.layers.N.{input_layernorm, post_attention_layernorm}.weight, .self_attn.{q,k,v,o}_proj.weight,
 /// .self_attn.{q,k}_norm.weight, .mlp.{gate,up,down}_proj.weight or the MoE layer's names after .mlp.,
 /// model.norm.weight, lm_head.weight (absent when embeddings are tied); biases with .bias for .weight,
-/// learned positions model.embed_positions.weight.
+/// learned positions model.embed_positions.weight, those of top_query .self_attn.query_positions.weight.
 ///
 /// Fresh weights are drawn from torch's generator: N(0, 0.02), those that write to the residual stream
 /// (o_proj, down_proj) N(0, 0.02 / sqrt(2·num_layers)) (GPT-2), norms 1, biases 0; what else a MoE layer has
@@ -110,6 +110,7 @@ class TransformerImpl : public torch::nn::Module {
   Tensor embed(const Tensor& tokens, const Tensor& positions) const;
   Tensor look_up(const Tensor& tokens) const;
   Tensor angles_on(at::Device device) const;
+  Tensor normed_before(int64_t layer, const Tensor& x) const;
 
   ModelConfig config_;
   Mesh mesh_;
