@@ -154,16 +154,18 @@ class Growth {
     } else if (config_.router == "random") {
       made.make = random_router(source, name, shape);
     } else {
-      made.make = [this, source, name, experts = pool.experts, extra](const Put& put) {
-        put(router(source, name, experts, extra));
+      made.make = [this, source, name, pool, extra](const Put& put) {
+        put(router(source, name, pool, extra));
       };
     }
     return made;
   }
 
   // Rows of copies follow, or stand behind, those of their sources; of the shared expert's there is one.
-  Tensor router(const Source& source, const std::string& name, int64_t experts, int64_t extra) const {
-    const Tensor values = exact(source);
+  Tensor router(const Source& source, const std::string& name, const GrownPool& pool, int64_t extra) const {
+    const int64_t experts = pool.experts;
+    Tensor values = exact(source);
+    if (source.parameter.ends_with(".router.bias")) values = values * pool.bias_factor;
     std::vector<int64_t> rows;
     std::vector<int64_t> copies;
     for (int64_t e = 0; e < experts * config_.experts; ++e) {

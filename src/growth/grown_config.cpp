@@ -89,8 +89,9 @@ std::map<std::string, GrownPool> pools_of(const ModelConfig& model, const GrowCo
       throw ConfigError("zero_outputs", "what the experts '" + branch.experts + "' of branch '" +
                                             branch.name + "' write with is not known");
     }
-    pools[branch.name] = {branch.num_experts, is_meant(branch.name, config),
-                          branch.router.shared == "inside"};
+    pools[branch.name] = {
+        branch.num_experts, is_meant(branch.name, config), branch.router.shared == "inside",
+        branch.router.scoring == "sigmoid" ? 1.0 : 1.0 / static_cast<double>(config.experts)};
   }
   return pools;
 }

@@ -14,8 +14,9 @@ namespace hymoe {
 /// Experts of one branch, or of a Hugging Face model's layers.
 struct GrownPool {
   int64_t experts;
-  bool grows;       // it becomes config.experts times as large
-  bool shared_row;  // the router has one row more, the last
+  bool grows;              // it becomes config.experts times as large
+  bool shared_row;         // the router has one row more, the last
+  double bias_factor = 1;  // of the router's selection bias, which joins scores that a softmax shares out
 };
 
 /// What a folder's configs say of the model before and after growth.

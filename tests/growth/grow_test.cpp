@@ -1,0 +1,519 @@
+#include "hymoe/growth/grow.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "checkpoints.h"
+#include "hymoe/config/config.h"
+#include "hymoe/io/file.h"
+#include "hymoe/io/safetensors.h"
+#include "hymoe/model/pretrained.h"
+
+namespace hymoe {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+std::vector<int64_t> sources(int64_t n, const GrowConfig& config) {
+  std::vector<int64_t> all;
+  for (const GrownLayer& layer : layer_map(n, config)) all.push_back(layer.source);
+  return all;
+}
+
+std::vector<int64_t> copies(int64_t n, const GrowConfig& config) {
+  std::vector<int64_t> all;
+  const auto layers = layer_map(n, config);
+  for (size_t j = 0; j < layers.size(); ++j) {
+    if (layers[j].copy) all.push_back(static_cast<int64_t>(j));
+  }
+  return all;
+}
+
+using List = std::vector<int64_t>;
+
+TEST(LayerMap, InterposesCopiesBehindTheirSource) {
+  EXPECT_EQ(sources(3, {.num_layers = 6}), List({0, 0, 1, 1, 2, 2}));
+  EXPECT_EQ(copies(3, {.num_layers = 6}), List({1, 3, 5}));
+  EXPECT_EQ(sources(2, {.num_layers = 6}), List({0, 0, 0, 1, 1, 1}));
+  EXPECT_EQ(sources(5, {.num_layers = 7, .first = 1, .last = 2}), List({0, 1, 1, 2, 2, 3, 4}));
+  EXPECT_EQ(copies(5, {.num_layers = 7, .first = 1, .last = 2}), List({2, 4}));
+}
+
+TEST(LayerMap, StacksTheBlockAgain) {
+  EXPECT_EQ(sources(3, {.num_layers = 6, .depth = "stack"}), List({0, 1, 2, 0, 1, 2}));
+  EXPECT_EQ(copies(3, {.num_layers = 6, .depth = "stack"}), List({3, 4, 5}));
+  // [0, n - c), then [a, n) twice: 3·5 - 2 - 2·1 layers
+  const GrowConfig thrice{.num_layers = 11, .depth = "stack", .first = 1, .last = 2};
+  EXPECT_EQ(sources(5, thrice), List({0, 1, 2, 1, 2, 3, 4, 1, 2, 3, 4}));
+  EXPECT_EQ(copies(5, thrice), List({3, 4, 7, 8, 9, 10}));
+}
+
+// Against the formulas of arXiv 2510.08008's code, for all options.
+TEST(LayerMap, FollowsTheFormulas) {
+  for (int64_t n = 1; n <= 7; ++n) {
+    for (int64_t a = 0; a < n; ++a) {
+      for (int64_t c = 0; a + c < n; ++c) {
+        for (int64_t k = 1; k <= 4; ++k) {
+          List interposed, stacked;
+          for (int64_t i = 0; i < n; ++i) interposed.insert(interposed.end(), a <= i && i < n - c ? k : 1, i);
+          for (int64_t i = 0; i < n - c; ++i) stacked.push_back(i);
+          for (int64_t r = 1; r < k; ++r) {
+            for (int64_t i = a; i < n; ++i) stacked.push_back(i);
+          }
+          const auto size = [](const List& list) { return static_cast<int64_t>(list.size()); };
+          EXPECT_EQ(size(interposed), n + (k - 1) * (n - a - c));
+          EXPECT_EQ(sources(n, {.num_layers = size(interposed), .first = a, .last = c}), interposed);
+          if (k == 1) continue;
+          EXPECT_EQ(size(stacked), k * n - c - (k - 1) * a);
+          EXPECT_EQ(sources(n, {.num_layers = size(stacked), .depth = "stack", .first = a, .last = c}),
+                    stacked);
+        }
+      }
+    }
+  }
+}
+
+TEST(LayerMap, ReachesNumbersBetweenTheMultiples) {
+  const GrowConfig config{.num_layers = 54, .first = 1, .last = 1};  // the paper's 28 -> 54
+  const List map = sources(28, config);
+  EXPECT_EQ(map.size(), 54u);
+  EXPECT_EQ(List(map.begin(), map.begin() + 5), List({0, 1, 1, 2, 2}));
+  EXPECT_EQ(List(map.end() - 3, map.end()), List({26, 26, 27}));
+  EXPECT_EQ(sources(4, {.num_layers = 6}), List({0, 0, 1, 2, 2, 3}));
+}
+
+TEST(LayerMap, PutsIdentityBlocksBehindEveryGroup) {  // LLaMA-Pro: 32 -> 40 is a block every 4
+  EXPECT_EQ(sources(4, {.num_layers = 6, .depth = "identity"}), List({0, 1, 1, 2, 3, 3}));
+  EXPECT_EQ(copies(4, {.num_layers = 6, .depth = "identity"}), List({2, 5}));
+  EXPECT_EQ(copies(32, {.num_layers = 40, .depth = "identity"}), List({4, 9, 14, 19, 24, 29, 34, 39}));
+  EXPECT_EQ(sources(6, {.num_layers = 8, .depth = "identity", .first = 1, .last = 1}),
+            List({0, 1, 2, 2, 3, 4, 4, 5}));
+}
+
+std::string error_of(const std::function<void()>& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(LayerMap, SaysWhatCannotBe) {
+  const auto error = [](int64_t n, const GrowConfig& config) {
+    return error_of([&] { layer_map(n, config); });
+  };
+  EXPECT_EQ(error(4, {.num_layers = 3}), "num_layers: expected at least the 4 that there are, got 3");
+  EXPECT_EQ(error(4, {.num_layers = 7, .depth = "stack"}),
+            "num_layers: stacking gives 4 + a multiple of 4 layers, got 7");
+  EXPECT_EQ(error(4, {.num_layers = 7, .depth = "identity"}),
+            "num_layers: identity adds a divisor of the 4 layers that may be copied, got 7");
+  EXPECT_EQ(error(4, {.num_layers = 7, .first = 3, .last = 1}),
+            "first: first and last leave none of 4 layers to copy");
+}
+
+class Grow : public testing::Test {
+ protected:
+  Grow() {
+    std::ofstream(sample()) << std::string(40, 'a')
+                            << "fn main() { println!(\"hello, world\"); }\nlet x = 1 + 2;\n";
+  }
+  fs::path dense() const { return folder / "dense"; }
+  fs::path hybrid() const { return folder / "hybrid"; }
+  fs::path grown() const { return folder / "grown"; }
+  fs::path sample() const { return folder / "sample.txt"; }
+
+  GrowConfig config(int64_t layers, int64_t experts = 1) const {
+    GrowConfig config;
+    config.num_layers = layers;
+    config.experts = experts;
+    config.sample = sample();
+    config.sample_seq_len = 32;
+    return config;
+  }
+  TemporaryFolder folder;
+};
+
+TEST_F(Grow, CopiesLayersOfADenseModel) {
+  tiny::write_dense_checkpoint(dense());
+  const GrowReceipt receipt = grow(dense(), grown(), config(4));
+  const SafetensorsFolder from(dense()), to(grown());
+  EXPECT_EQ(to.names().size(), 2 * from.names().size() - 2);  // all but embedding and last norm
+  for (int64_t j = 0; j < 4; ++j) {
+    for (const char* name :
+         {".input_layernorm.weight", ".self_attn.q_proj.weight", ".mlp.down_proj.weight"}) {
+      EXPECT_TRUE(to.tensor("model.layers." + std::to_string(j) + name)
+                      .equal(from.tensor("model.layers." + std::to_string(j / 2) + name)));
+    }
+  }
+  EXPECT_EQ(load_pretrained(grown())->config().num_layers, 4);
+  EXPECT_EQ(load_pretrained(grown())->num_params(), receipt.params_after);
+  EXPECT_GT(receipt.comparison.max_logit_difference, 1e-2);  // no depth keeps the function by itself
+
+  const auto json = json::parse(read_text(grown() / "receipt.json"));
+  EXPECT_EQ(json["layer_map"], json::array({0, 0, 1, 1}));
+  EXPECT_EQ(json["copied_layers"], json::array({1, 3}));
+  EXPECT_EQ(json["source_files"]["model.safetensors"], sha256_file(dense() / "model.safetensors"));
+  EXPECT_EQ(json["max_logit_difference"], receipt.comparison.max_logit_difference);
+  EXPECT_TRUE(fs::exists(grown() / "tokenizer.json"));
+}
+
+TEST_F(Grow, ZeroedOutputsKeepTheFunction) {
+  tiny::write_dense_checkpoint(dense());
+  tiny::write_hybrid_checkpoint(hybrid());
+  for (const fs::path& source : {dense(), hybrid()}) {
+    for (const char* depth : {"interpose", "stack", "identity"}) {
+      GrowConfig config = this->config(4);
+      config.depth = depth;
+      config.zero_outputs = depth != std::string("identity");
+      const GrowReceipt receipt = grow(source, grown(), config);
+      EXPECT_LT(receipt.comparison.max_logit_difference, 1e-4) << source << depth;
+      EXPECT_GT(receipt.comparison.sample_tokens, 80);
+    }
+  }
+  EXPECT_EQ(load_pretrained(grown())->config().moe_layers, List({2, 3}));
+  const Tensor down = SafetensorsFolder(grown()).tensor("model.layers.3.mlp.segment.experts.down_proj");
+  EXPECT_EQ(down.count_nonzero().item<int64_t>(), 0);
+}
+
+TEST_F(Grow, TwiceTheExpertsAndTopKKeepTheFunction) {
+  struct Case {
+    const char *scoring, *order;
+    bool normalize;
+  };
+  for (const auto& [scoring, order, normalize] :
+       {Case{"softmax", "append", true}, Case{"softmax", "interleave", false},
+        Case{"sigmoid", "append", true}, Case{"sigmoid", "interleave", false},
+        Case{"softmax_topk", "append", true}}) {
+    for (const char* fusion : {"constant", "preserve"}) {
+      tiny::write_hybrid_checkpoint(hybrid(), [&](ModelConfig& model) {
+        model.moe.fusion = fusion;
+        model.moe.branches[0].router.scoring = scoring;
+        model.moe.branches[0].router.normalize = normalize;
+        if (std::string(scoring) != "softmax_topk") model.moe.branches[1].router.scoring = scoring;
+      });
+      GrowConfig config = this->config(0, 2);
+      config.order = order;
+      config.noise = 0;
+      EXPECT_LT(grow(hybrid(), grown(), config).comparison.max_logit_difference, 1e-4)
+          << scoring << " " << normalize << " " << fusion;
+      const ModelConfig after = load_pretrained(grown())->config();
+      EXPECT_EQ(after.moe.branches[0].num_experts, 8);
+      EXPECT_EQ(after.moe.branches[0].router.top_k, 4);
+      EXPECT_EQ(after.moe.branches[1].num_experts, 6);
+      if (std::string(fusion) == "preserve") continue;
+      config.top_k = "keep";
+      EXPECT_GT(grow(hybrid(), grown(), config).comparison.max_logit_difference, 1e-3);
+      config.top_k = "scale";
+      config.noise = 0.01;
+      const double noisy = grow(hybrid(), grown(), config).comparison.max_logit_difference;
+      EXPECT_GT(noisy, 1e-4);
+      EXPECT_LT(noisy, 10);
+    }
+  }
+}
+
+TEST_F(Grow, PutsCopiesOfExpertsInOrder) {
+  tiny::write_hybrid_checkpoint(hybrid());
+  GrowConfig config = this->config(0, 3);
+  config.noise = 0;
+  config.branches = {"token"};
+  const std::string mlp = "model.layers.1.mlp.";
+  for (const char* order : {"append", "interleave"}) {
+    config.order = order;
+    grow(hybrid(), grown(), config);
+    const SafetensorsFolder from(hybrid()), to(grown());
+    for (int64_t e = 0; e < 12; ++e) {
+      const int64_t source = config.order == "append" ? e % 4 : e / 3;
+      for (const char* name : {"token.experts.gate_up_proj", "token.experts.down_proj", "token.router.weight",
+                               "token.router.bias"}) {
+        // A bias joins scores that are a third now.
+        const double factor = name == std::string("token.router.bias") ? 1.0 / 3 : 1;
+        EXPECT_TRUE(to.tensor(mlp + name)[e].allclose(from.tensor(mlp + name)[source] * factor))
+            << order << name;
+      }
+    }
+    for (const char* name : {"segment.experts.down_proj", "segment.router.cutoff", "segment.router.start"})
+      EXPECT_TRUE(to.tensor(mlp + name).equal(from.tensor(mlp + name))) << name;
+  }
+}
+
+TEST_F(Grow, NoiseIsOfTheCopiesAlone) {
+  tiny::write_hybrid_checkpoint(hybrid());
+  GrowConfig config = this->config(0, 2);
+  config.noise = 0.05;
+  grow(hybrid(), grown(), config);
+  const SafetensorsFolder from(hybrid()), to(grown());
+  const std::string mlp = "model.layers.1.mlp.";
+  for (const char* name : {"token.experts.gate_up_proj", "token.experts.down_proj"}) {
+    const Tensor before = from.tensor(mlp + name), after = to.tensor(mlp + name);
+    EXPECT_TRUE(after.narrow(0, 0, 4).equal(before));
+    for (int64_t e = 0; e < 4; ++e) {
+      const double share = ((after[4 + e] - before[e]).std() / before[e].std()).item<double>();
+      EXPECT_NEAR(share, 0.05, 0.01) << name;
+    }
+    EXPECT_FALSE((after[4] - before[0]).equal(after[5] - before[1]));  // each has its own
+  }
+  const Tensor before = from.tensor(mlp + "token.router.weight"),
+               after = to.tensor(mlp + "token.router.weight");
+  EXPECT_TRUE(after.narrow(0, 0, 4).equal(before));
+  EXPECT_NEAR(((after.narrow(0, 4, 4) - before).std() / before.std()).item<double>(), 0.05, 0.02);
+  // What cut-offs mean does not change.
+  const Tensor cutoff = to.tensor(mlp + "segment.router.cutoff");
+  EXPECT_TRUE(cutoff.narrow(0, 3, 3).equal(cutoff.narrow(0, 0, 3)));
+  grow(hybrid(), folder / "again", config);
+  EXPECT_EQ(sha256_file(grown() / "model.safetensors"), sha256_file(folder / "again" / "model.safetensors"));
+}
+
+TEST_F(Grow, TheSharedExpertsRowStaysTheRoutersLast) {
+  tiny::write_hybrid_checkpoint(hybrid(),
+                                [](ModelConfig& model) { model.moe.branches[0].router.shared = "inside"; });
+  GrowConfig config = this->config(0, 2);
+  config.noise = 0;
+  grow(hybrid(), grown(), config);
+  const std::string name = "model.layers.1.mlp.token.router.weight";
+  const Tensor before = SafetensorsFolder(hybrid()).tensor(name),
+               after = SafetensorsFolder(grown()).tensor(name);
+  ASSERT_EQ(after.sizes(), at::IntArrayRef({9, 16}));
+  EXPECT_TRUE(after[8].equal(before[4]));
+  EXPECT_TRUE(after[4].equal(before[0]));
+}
+
+TEST_F(Grow, DepthAndWidthCommute) {
+  tiny::write_hybrid_checkpoint(hybrid());
+  GrowConfig deep = config(4), wide = config(0, 2), both = config(4, 2);
+  deep.noise = wide.noise = both.noise = 0;
+  grow(hybrid(), folder / "deep", deep);
+  grow(folder / "deep", folder / "deep-wide", wide);
+  grow(hybrid(), folder / "wide", wide);
+  grow(folder / "wide", folder / "wide-deep", deep);
+  grow(hybrid(), folder / "both", both);
+  const auto hash = [&](const char* name) { return sha256_file(folder / name / "model.safetensors"); };
+  EXPECT_EQ(hash("deep-wide"), hash("wide-deep"));
+  EXPECT_EQ(hash("deep-wide"), hash("both"));
+  EXPECT_EQ(read_text(folder / "deep-wide/config.json"), read_text(folder / "both/config.json"));
+  const auto receipt = json::parse(read_text(folder / "deep-wide/receipt.json"));
+  EXPECT_EQ(receipt["source_receipt"]["layer_map"], json::array({0, 0, 1, 1}));
+}
+
+TEST_F(Grow, ARandomRouterForgetsItsCutoffs) {
+  tiny::write_hybrid_checkpoint(hybrid());
+  GrowConfig config = this->config(0, 2);
+  config.router = "random";
+  config.sample = "";
+  EXPECT_EQ(grow(hybrid(), grown(), config).comparison.sample_tokens, 0);
+  const SafetensorsFolder to(grown());
+  const std::string mlp = "model.layers.1.mlp.";
+  EXPECT_NEAR(to.tensor(mlp + "token.router.weight").std().item<double>(), 0.02, 0.005);
+  EXPECT_TRUE(at::isinf(to.tensor(mlp + "segment.router.cutoff")).all().item<bool>());
+  EXPECT_EQ(to.tensor(mlp + "segment.router.cutoff_steps").item<int64_t>(), 0);
+  EXPECT_EQ(to.tensor(mlp + "token.router.bias").count_nonzero().item<int64_t>(), 0);
+  const auto json = json::parse(read_text(grown() / "receipt.json"));
+  EXPECT_TRUE(json["max_logit_difference"].is_null());
+}
+
+TEST_F(Grow, FreezePatternsFollowTheirLayers) {
+  tiny::write_hybrid_checkpoint(hybrid(), [](ModelConfig& model) {
+    model.freeze = {"*norm.weight", "model.layers.1.mlp.*"};
+  });
+  grow(hybrid(), grown(), config(4));
+  EXPECT_EQ(load_pretrained(grown())->config().freeze,
+            std::vector<std::string>({"*norm.weight", "model.layers.2.mlp.*", "model.layers.3.mlp.*"}));
+  tiny::write_hybrid_checkpoint(hybrid(), [](ModelConfig& model) { model.freeze = {"model.layers.1*"}; });
+  EXPECT_NE(error_of([&] { grow(hybrid(), folder / "none", config(4)); }).find("freeze pattern"),
+            std::string::npos);
+  EXPECT_FALSE(fs::exists(folder / "none"));
+}
+
+TEST_F(Grow, AGrownModelTrains) {
+  tiny::write_hybrid_checkpoint(hybrid());
+  grow(hybrid(), grown(), config(4, 2));
+  Transformer model = load_pretrained(grown());
+  const Tensor tokens = at::arange(64) % 17, targets = (at::arange(64) + 1) % 17;
+  std::vector<double> losses;
+  for (int step = 0; step < 3; ++step) {
+    for (auto& parameter : model->parameters()) parameter.mutable_grad() = Tensor();
+    const LossOutput output = model->loss(tokens, targets, Packing::of(2, 32), at::full({64}, 1.0 / 64));
+    (output.loss + output.aux_loss).backward();
+    losses.push_back(output.loss.item<double>());
+    torch::NoGradGuard no_grad;
+    for (auto& parameter : model->parameters()) {
+      ASSERT_TRUE(parameter.grad().defined());
+      parameter.sub_(parameter.grad(), 0.02);
+    }
+    model->end_step();
+  }
+  EXPECT_LT(losses[2], losses[0]);
+}
+
+// Hugging Face's MoE models, of which growth knows the names alone.
+void write_moe(const fs::path& folder, nlohmann::json config, const NamedTensors& layer,
+               int64_t max_shard_bytes) {
+  fs::create_directories(folder);
+  config.update({{"num_hidden_layers", 2}, {"num_experts_per_tok", 2}, {"hidden_size", 6}});
+  write_file_atomic(folder / "config.json", config.dump());
+  NamedTensors tensors = {{"model.embed_tokens.weight", at::randn({5, 6}, at::kBFloat16)}};
+  for (int64_t i = 0; i < 2; ++i) {
+    for (const auto& [name, values] : layer)
+      tensors.emplace_back("model.layers." + std::to_string(i) + "." + name, (values + i).to(at::kBFloat16));
+  }
+  write_safetensors_sharded(folder, "model", tensors, max_shard_bytes);
+}
+
+NamedTensors mixtral_layer() {
+  NamedTensors layer = {{"block_sparse_moe.gate.weight", at::randn({3, 6})}};
+  for (int64_t e = 0; e < 3; ++e) {
+    for (const char* matrix : {".w1.weight", ".w2.weight", ".w3.weight"})
+      layer.emplace_back("block_sparse_moe.experts." + std::to_string(e) + matrix, at::randn({4, 6}));
+  }
+  layer.emplace_back("self_attn.o_proj.weight", at::randn({6, 6}));
+  return layer;
+}
+
+TEST_F(Grow, KnowsExpertsOneByOne) {
+  torch::manual_seed(3);
+  const fs::path source = folder / "mixtral";
+  write_moe(source, {{"model_type", "mixtral"}, {"num_local_experts", 3}}, mixtral_layer(),
+            100);  // many shards
+  GrowConfig config{.num_layers = 4, .zero_outputs = true, .experts = 2, .order = "interleave", .noise = 0};
+  grow(source, grown(), config);
+  const auto json = json::parse(read_text(grown() / "config.json"));
+  EXPECT_EQ(json["num_hidden_layers"], 4);
+  EXPECT_EQ(json["num_local_experts"], 6);
+  EXPECT_EQ(json["num_experts_per_tok"], 4);
+  const SafetensorsFolder from(source), to(grown());
+  ASSERT_EQ(to.names().size(), 1u + 4 * (1 + 6 * 3 + 1));
+  for (int64_t j = 0; j < 4; ++j) {
+    const std::string before = "model.layers." + std::to_string(j / 2) + ".block_sparse_moe.",
+                      after = "model.layers." + std::to_string(j) + ".block_sparse_moe.";
+    for (int64_t e = 0; e < 6; ++e) {
+      const std::string is = after + "experts." + std::to_string(e),
+                        was = before + "experts." + std::to_string(e / 2);
+      EXPECT_TRUE(to.tensor(is + ".w1.weight").equal(from.tensor(was + ".w1.weight")));
+      EXPECT_TRUE(to.tensor(is + ".w3.weight").equal(from.tensor(was + ".w3.weight")));
+      const Tensor out = to.tensor(is + ".w2.weight");
+      EXPECT_TRUE(j % 2 == 1 ? out.count_nonzero().item<int64_t>() == 0
+                             : out.equal(from.tensor(was + ".w2.weight")));
+      EXPECT_TRUE(to.tensor(after + "gate.weight")[e].equal(from.tensor(before + "gate.weight")[e / 2]));
+    }
+  }
+  config.noise = 0.01;
+  grow(source, folder / "noisy", config);
+  const SafetensorsFolder noisy(folder / "noisy");
+  const std::string expert = "model.layers.0.block_sparse_moe.experts.";
+  EXPECT_TRUE(noisy.tensor(expert + "2.w1.weight").equal(from.tensor(expert + "1.w1.weight")));
+  EXPECT_FALSE(noisy.tensor(expert + "3.w1.weight").equal(from.tensor(expert + "1.w1.weight")));
+}
+
+TEST_F(Grow, KnowsStackedExpertsAndDenseLayersBetween) {
+  torch::manual_seed(4);
+  const fs::path source = folder / "qwen";
+  write_moe(source,
+            {{"model_type", "qwen2_moe"},
+             {"num_experts", 3},
+             {"decoder_sparse_step", 2},
+             {"mlp_only_layers", json::array()},
+             {"layer_types", {"full_attention", "sliding_attention"}}},
+            {{"mlp.gate.weight", at::randn({3, 6})},
+             {"mlp.experts.gate_up_proj", at::randn({3, 8, 6})},
+             {"mlp.experts.down_proj", at::randn({3, 6, 4})},
+             {"mlp.shared_expert.down_proj.weight", at::randn({6, 4})},
+             {"mlp.shared_expert_gate.weight", at::randn({1, 6})}},
+            1 << 20);
+  grow(source, grown(), {.num_layers = 4, .depth = "stack", .experts = 2, .noise = 0});
+  const auto json = json::parse(read_text(grown() / "config.json"));
+  EXPECT_EQ(json["num_experts"], 6);
+  EXPECT_EQ(json["decoder_sparse_step"], 1);
+  EXPECT_EQ(json["mlp_only_layers"], json::array({0, 2}));
+  EXPECT_EQ(json["layer_types"],
+            json::array({"full_attention", "sliding_attention", "full_attention", "sliding_attention"}));
+  const SafetensorsFolder from(source), to(grown());
+  for (int64_t j = 0; j < 4; ++j) {
+    const std::string before = "model.layers." + std::to_string(j % 2) + ".mlp.",
+                      after = "model.layers." + std::to_string(j) + ".mlp.";
+    for (const char* name : {"experts.gate_up_proj", "experts.down_proj", "gate.weight"})
+      EXPECT_TRUE(
+          to.tensor(after + name).equal(at::cat({from.tensor(before + name), from.tensor(before + name)})));
+    for (const char* name : {"shared_expert.down_proj.weight", "shared_expert_gate.weight"})
+      EXPECT_TRUE(to.tensor(after + name).equal(from.tensor(before + name)));
+  }
+}
+
+TEST_F(Grow, CopiesMomentsAndMasterWeights) {
+  tiny::write_hybrid_checkpoint(hybrid());
+  const SafetensorsFolder from(hybrid());
+  NamedTensors moments;
+  torch::manual_seed(5);
+  for (const std::string& name : from.names()) {
+    const Tensor values = from.tensor(name);
+    if (values.dim() == 0 || name.ends_with("cutoff") || name.ends_with("bias")) continue;
+    moments.emplace_back("exp_avg." + name, at::randn(values.sizes()));
+    moments.emplace_back("exp_avg_sq." + name, at::rand(values.sizes()));
+    moments.emplace_back("master." + name, values + 1e-3);
+  }
+  write_safetensors(hybrid() / "optimizer.safetensors", moments);
+  write_file_atomic(hybrid() / "state.json", R"({"step": 7, "tokens": 70, "files": {}})");
+  write_file_atomic(hybrid() / "config.yaml",
+                    "name: small\nmodel: " + to_json(load_pretrained(hybrid())->config()).dump() + "\n");
+  GrowConfig config = this->config(4, 2);
+  config.optimizer = "copy";
+  config.zero_outputs = true;
+  grow(hybrid(), grown(), config);
+  const SafetensorsFolder before(hybrid(), "optimizer"), after(grown(), "optimizer"), model(grown());
+  EXPECT_EQ(after.names().size() % 3, 0u);
+  const std::string up = "token.experts.gate_up_proj", mlp = "model.layers.1.mlp.";
+  for (const char* kind : {"exp_avg.", "exp_avg_sq."}) {
+    for (const char* layer : {"2", "3"}) {  // both of layer 1
+      const Tensor was = before.tensor(kind + mlp + up);
+      EXPECT_TRUE(after.tensor(std::string(kind) + "model.layers." + layer + ".mlp." + up)
+                      .equal(at::cat({was, was})));
+    }
+    EXPECT_TRUE(after.tensor(std::string(kind) + "model.layers.0.self_attn.q_proj.weight")
+                    .equal(before.tensor(std::string(kind) + "model.layers.0.self_attn.q_proj.weight")));
+    EXPECT_EQ(after.tensor(std::string(kind) + "model.layers.3.mlp.token.experts.down_proj")
+                  .count_nonzero()
+                  .item<int64_t>(),
+              0);
+  }
+  // What is trained is the master copy, of which the weights are the rounded values, noise included.
+  const Tensor weight = model.tensor("model.layers.2.mlp." + up),
+               master = after.tensor("master.model.layers.2.mlp." + up);
+  EXPECT_TRUE(weight.narrow(0, 4, 4).equal(master.narrow(0, 4, 4)));
+  EXPECT_FALSE(master.narrow(0, 4, 4).equal(master.narrow(0, 0, 4)));
+  const auto state = json::parse(read_text(grown() / "state.json"));
+  EXPECT_EQ(state["step"], 7);
+  EXPECT_EQ(state["files"]["optimizer.safetensors"]["sha256"],
+            sha256_file(grown() / "optimizer.safetensors"));
+  EXPECT_NE(read_text(grown() / "config.yaml").find("num_layers: 4"), std::string::npos);
+  config.optimizer = "drop";
+  grow(hybrid(), grown(), config);
+  EXPECT_FALSE(fs::exists(grown() / "optimizer.safetensors"));
+  EXPECT_FALSE(fs::exists(grown() / "state.json"));
+}
+
+TEST_F(Grow, SaysWhatTheModelHasNot) {
+  tiny::write_dense_checkpoint(dense());
+  tiny::write_hybrid_checkpoint(hybrid());
+  const auto error = [&](const fs::path& source, const GrowConfig& config) {
+    const std::string text = error_of([&] { grow(source, grown(), config); });
+    EXPECT_FALSE(fs::exists(grown()));
+    return text;
+  };
+  EXPECT_EQ(error(dense(), config(0, 2)), "experts: the model has no experts: expected 1, got 2");
+  GrowConfig config = this->config(0, 2);
+  config.branches = {"tokens"};
+  EXPECT_EQ(error(hybrid(), config), "branches: the model has no branch 'tokens'");
+  config = this->config(0, 2);
+  config.optimizer = "copy";
+  EXPECT_EQ(error(hybrid(), config),
+            "optimizer: copy wants a checkpoint of a run, and " + hybrid().string() + " has no state.json");
+  auto json = json::parse(read_text(dense() / "config.json"));
+  json["model_type"] = "gpt2";
+  write_file_atomic(dense() / "config.json", json.dump());
+  EXPECT_NE(error(dense(), this->config(4)).find("model_type: 'gpt2' is unknown"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace hymoe
