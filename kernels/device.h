@@ -137,6 +137,9 @@ __device__ __forceinline__ T warp_max(T x) {
   return x;
 }
 
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kAllLanes, x); }
+__device__ __forceinline__ uint32_t warp_min(uint32_t x) { return __reduce_min_sync(kAllLanes, x); }
+
 /// Rows are mostly given to warps, eight to a block.
 constexpr int kRowThreads = 256;
 inline int64_t row_blocks(int64_t rows) { return (rows + kRowThreads / kWarp - 1) / (kRowThreads / kWarp); }
