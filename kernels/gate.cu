@@ -11,7 +11,7 @@ template <class K, int V>
 __device__ int choose(K (&keys)[V], int64_t top_k, int otherwise) {
   int mine = otherwise;
   for (int k = 0; k < top_k; ++k) {
-    const int best = best_column(keys);
+    const int best = best_column<V>([&](int i) { return keys[i]; });
     if (lane_of_warp() == k) mine = best;
     for (int i = 0; i < V; ++i) keys[i] = column_of(i) == best ? K{0} : keys[i];
   }

@@ -53,14 +53,16 @@ __device__ __forceinline__ Key<A> key_of(A x) {
   return bits & kSign ? ~bits : bits | kSign;
 }
 
-/// Column of a row's largest key, of equal ones the first, on all lanes.
-template <class K, int V>
-__device__ __forceinline__ int best_column(const K (&keys)[V]) {
-  K best = keys[0];
+/// Column of a row's largest key, of equal ones the first, on all lanes; key(i) is of value i.
+template <int V, class F>
+__device__ __forceinline__ int best_column(const F& key) {
+  auto best = key(0);
   int at = 0;
+  HYMOE_UNROLL
   for (int i = 1; i < V; ++i) {
-    if (keys[i] > best) {
-      best = keys[i];
+    const auto k = key(i);
+    if (k > best) {
+      best = k;
       at = i;
     }
   }

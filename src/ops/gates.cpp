@@ -15,6 +15,7 @@
 #include "kernels/gate.h"
 #include "ops/cpu.h"
 #include "ops/device.h"
+#include "ops/scores.h"
 
 namespace hymoe::ops {
 namespace {
@@ -37,30 +38,11 @@ template <class A>
 void choose(const A* score, int64_t n, int64_t top_k, int64_t* ids) {
   int64_t size = 0;
   for (int64_t e = 0; e < n; ++e) {
-    const auto beats = [&](int64_t other) {
-      return !(score[e] <= score[other]) && score[other] == score[other];
-    };
-    if (size == top_k && !beats(ids[top_k - 1])) continue;
+    if (size == top_k && !cpu::beats(score[e], score[ids[top_k - 1]])) continue;
     int64_t at = size < top_k ? size++ : top_k - 1;
-    for (; at > 0 && beats(ids[at - 1]); --at) ids[at] = ids[at - 1];
+    for (; at > 0 && cpu::beats(score[e], score[ids[at - 1]]); --at) ids[at] = ids[at - 1];
     ids[at] = e;
   }
-}
-
-inline double fast_exp(double x) { return std::exp(x); }
-inline float fast_exp(float x) { return x < -87.f ? 0.f : x == x ? cpu::exp(x) : x; }
-
-template <class T, class A>
-HYMOE_SIMD void score_row(const T* __restrict z, A* __restrict s, int64_t n, bool sigmoid) {
-  if (sigmoid) {
-    for (int64_t i = 0; i < n; ++i) s[i] = 1 / (1 + fast_exp(-static_cast<A>(z[i])));
-    return;
-  }
-  A top = z[0];
-  for (int64_t i = 1; i < n; ++i) top = z[i] > top ? static_cast<A>(z[i]) : top;
-  for (int64_t i = 0; i < n; ++i) s[i] = fast_exp(static_cast<A>(z[i]) - top);
-  const A sum = cpu::sum<A>(n, [&](int64_t i) { return s[i]; });
-  for (int64_t i = 0; i < n; ++i) s[i] /= sum;
 }
 
 // What is taken: ids, then the shared column.
@@ -107,7 +89,7 @@ void gate_on_cpu(const kernels::Gate& a) {
       const T* z = static_cast<const T*>(a.logits) + t * columns;
       A *s = static_cast<A*>(a.scores) + t * columns, *weights = static_cast<A*>(a.weights) + t * g.top_k;
       int64_t* ids = a.ids + t * g.top_k;
-      score_row(z, s, columns, g.sigmoid);
+      cpu::score_row(z, s, columns, g.sigmoid);
       for (size_t e = 0; e < choice.size(); ++e) choice[e] = s[e] + bias[e];
       choose(bias ? choice.data() : s, g.experts, g.top_k, ids);
       g.softmax_after_topk ? take(z, ids, g, w) : take(s, ids, g, w);
@@ -117,13 +99,6 @@ void gate_on_cpu(const kernels::Gate& a) {
       if (g.shared) static_cast<A*>(a.shared_weight)[t] = w.back();
     }
   });
-}
-
-// Gradients of scores -> of logits, in place: d·s·(1 - s) of sigmoids, s·(d - <s, d>) of a softmax.
-template <class A>
-HYMOE_SIMD void score_row_backward(const A* __restrict s, A* __restrict d, int64_t n, bool sigmoid) {
-  const A dot = sigmoid ? 0 : cpu::sum<A>(n, [&](int64_t i) { return s[i] * d[i]; });
-  for (int64_t i = 0; i < n; ++i) d[i] = s[i] * (sigmoid ? d[i] * (1 - s[i]) : d[i] - dot);
 }
 
 template <class T>
@@ -139,7 +114,7 @@ void gate_backward_on_cpu(const kernels::GateBackward& a) {
       const T* z = static_cast<const T*>(a.logits) + t * columns;
       T* dz = static_cast<T*>(a.d_logits) + t * columns;
       const int64_t* ids = a.ids + t * g.top_k;
-      score_row(z, s.data(), columns, g.sigmoid);
+      cpu::score_row(z, s.data(), columns, g.sigmoid);
       g.softmax_after_topk ? take(z, ids, g, w) : take(s.data(), ids, g, w);
       std::fill(dw.begin(), dw.end(), A{0});
       if (d_weights) std::copy_n(d_weights + t * g.top_k, g.top_k, dw.begin());
@@ -154,7 +129,7 @@ void gate_backward_on_cpu(const kernels::GateBackward& a) {
         if (g.shared) d[g.experts] += dw.back();
       };
       if (!g.softmax_after_topk) add();
-      score_row_backward(s.data(), d.data(), columns, g.sigmoid);
+      cpu::score_row_backward(s.data(), d.data(), columns, g.sigmoid);
       if (g.softmax_after_topk) add();
       std::transform(d.begin(), d.end(), dz, [](A x) { return static_cast<T>(x); });
     }

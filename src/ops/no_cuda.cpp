@@ -9,6 +9,7 @@
 #include "kernels/rotary.h"
 #include "kernels/segment.h"
 #include "kernels/sort.h"
+#include "kernels/sparse_mixer.h"
 #include "kernels/swiglu.h"
 #include "ops/device.h"
 
@@ -30,6 +31,8 @@ namespace hymoe::kernels {
 void topk(const Topk&, Stream) {}
 void gate(const Gate&, Stream) {}
 void gate_backward(const GateBackward&, Stream) {}
+void sparse_mixer(const SparseMixer&, Stream) {}
+void sparse_mixer_backward(const SparseMixerBackward&, Stream) {}
 void gather_rows(const GatherRows&, Stream) {}
 void gather_sum(const GatherSum&, Stream) {}
 void gather_sum_backward(const GatherSumBackward&, Stream) {}

@@ -122,7 +122,8 @@ Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor&
   return out;
 }
 
-Gates sparse_mixer(const Tensor& logits, const SparseMixerOptions& options, const SparseMixerNoise& noise) {
+Gates sparse_mixer(const Tensor& logits, const SparseMixerOptions& options, const SparseMixerNoise& drawn) {
+  const SparseMixerNoise noise = drawn.seed ? sparse_mixer_noise(logits, options.top_k, *drawn.seed) : drawn;
   const Tensor z = logits.to(accumulate_type(logits)), one = at::ones({}, z.options());
   const Tensor h = options.star ? z / 2 : z;
   const double slope = options.star ? 2 : 1, third = options.star ? 1. / 3 : 0.3333;

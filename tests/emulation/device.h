@@ -21,6 +21,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define HYMOE_UNROLL
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -234,7 +235,6 @@ inline int __all_sync(unsigned lanes, int vote, std::source_location at = std::s
   return __ballot_sync(lanes, vote, at) == lanes;
 }
 
-<<<<<<< HEAD
 template <class T>
 unsigned __match_any_sync(unsigned lanes, T value,
                           std::source_location at = std::source_location::current()) {
@@ -242,7 +242,8 @@ unsigned __match_any_sync(unsigned lanes, T value,
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   return hymoe::emulation::match(lanes, bits, at);
-=======
+}
+
 // Of whole warps.
 inline unsigned __reduce_max_sync(unsigned lanes, unsigned value,
                                   std::source_location at = std::source_location::current()) {
@@ -252,7 +253,6 @@ inline unsigned __reduce_max_sync(unsigned lanes, unsigned value,
 inline unsigned __reduce_min_sync(unsigned lanes, unsigned value,
                                   std::source_location at = std::source_location::current()) {
   return ~__reduce_max_sync(lanes, ~value, at);
->>>>>>> a131766 (Decide gates in one kernel, forward and backward, and in one loop on the CPU)
 }
 
 // Threads take turns, so that what each does between two barriers is atomic by itself.
