@@ -23,6 +23,7 @@ struct alignas(N * sizeof(T)) Vector {
 // which runs the same sources on the CPU and checks what they do to memory:
 //   Global<T>                   a pointer to the GPU's memory; the only one that kernels take
 //   HYMOE_SHARED(T, name, n)    T name[n] in shared memory
+//   HYMOE_UNROLL                before a loop over an array that must stay in registers
 //   load<N>, store<N>           N elements at once, up to 16 bytes, aligned
 //   launch(name, kernel, blocks, threads, stream, arguments…)
 #ifdef __CUDACC__
@@ -40,6 +41,7 @@ template <class T>
 using Global = T* __restrict__;
 
 #define HYMOE_SHARED(T, name, n) __shared__ T name[n]
+#define HYMOE_UNROLL _Pragma("unroll")
 
 template <int N, class T>
 __device__ __forceinline__ Vector<std::remove_const_t<T>, N> load(const T* from, int64_t i) {
@@ -136,6 +138,9 @@ __device__ __forceinline__ T warp_max(T x) {
   }
   return x;
 }
+
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kAllLanes, x); }
+__device__ __forceinline__ uint32_t warp_min(uint32_t x) { return __reduce_min_sync(kAllLanes, x); }
 
 /// Rows are mostly given to warps, eight to a block.
 constexpr int kRowThreads = 256;

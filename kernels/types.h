@@ -13,4 +13,7 @@ enum class DType : int { kFloat32, kFloat16, kBFloat16, kFloat64 };
 /// A cudaStream_t.
 using Stream = void*;
 
+/// Columns of a row that a warp holds in its registers: experts, a shared one among them.
+constexpr int kMostColumns = 512;
+
 }  // namespace hymoe::kernels

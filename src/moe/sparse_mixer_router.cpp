@@ -18,7 +18,7 @@ Routing SparseMixerRouter::forward(const Tensor& x, const Packing& packing) {
   const bool learning = is_training() && !packing.state;
   const Tensor logits = token_logits(x, weight_, learning ? config_.jitter : 0);
   ops::SparseMixerNoise noise;
-  if (learning) noise = ops::sparse_mixer_noise(logits, config_.top_k);
+  if (learning) noise.seed = ops::draw_seed();
   const auto gates = ops::sparse_mixer(
       logits, {.top_k = config_.top_k, .eps = config_.mixer_eps, .star = config_.mixer_variant == "v2_star"},
       noise);

@@ -40,7 +40,7 @@ inline int64_t row_grain(int64_t width) { return std::max<int64_t>(1, 16384 / st
 Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 /// e^x for |x| <= 87, saturating beyond, to 2 ulp; branch-free, so that loops over it vectorise.
-inline float exp(float x) {
+inline __attribute__((always_inline)) float exp(float x) {
   constexpr uint32_t kSign = 0x80000000u;
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const int32_t size = std::min(static_cast<int32_t>(bits & ~kSign), std::bit_cast<int32_t>(87.0f));

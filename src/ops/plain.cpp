@@ -97,7 +97,33 @@ Tensor topk_ids(const Tensor& scores, int64_t top_k) {
       .contiguous();
 }
 
-Gates sparse_mixer(const Tensor& logits, const SparseMixerOptions& options, const SparseMixerNoise& noise) {
+Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor& selection_bias) {
+  const int64_t experts = logits.size(1) - (options.shared_last ? 1 : 0);
+  const Tensor z = logits.to(accumulate_type(logits));
+  Gates out{.scores = options.sigmoid ? at::sigmoid(z) : at::softmax(z, -1)};
+  Tensor choice = out.scores.detach().narrow(1, 0, experts);
+  if (selection_bias.defined()) choice = choice + selection_bias.detach();
+  out.ids = topk_ids(choice, options.top_k);
+
+  // The shared expert's column rides along as the last of the chosen ones.
+  Tensor taken = out.ids;
+  if (options.shared_last)
+    taken = at::cat({taken, at::full({taken.size(0), 1}, experts, taken.options())}, 1);
+  Tensor weights;
+  if (options.softmax_after_topk) {
+    weights = at::softmax(z.gather(1, taken), -1);
+  } else {
+    weights = out.scores.gather(1, taken);
+    if (options.normalize) weights = weights / weights.sum(-1, /*keepdim=*/true).clamp_min(1e-20);
+  }
+  weights = weights * options.scale;
+  out.weights = weights.narrow(1, 0, options.top_k);
+  if (options.shared_last) out.shared_weight = weights.select(1, options.top_k);
+  return out;
+}
+
+Gates sparse_mixer(const Tensor& logits, const SparseMixerOptions& options, const SparseMixerNoise& drawn) {
+  const SparseMixerNoise noise = drawn.seed ? sparse_mixer_noise(logits, options.top_k, *drawn.seed) : drawn;
   const Tensor z = logits.to(accumulate_type(logits)), one = at::ones({}, z.options());
   const Tensor h = options.star ? z / 2 : z;
   const double slope = options.star ? 2 : 1, third = options.star ? 1. / 3 : 0.3333;

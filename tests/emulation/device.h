@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,6 +21,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define HYMOE_UNROLL
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -240,6 +242,17 @@ unsigned __match_any_sync(unsigned lanes, T value,
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   return hymoe::emulation::match(lanes, bits, at);
+}
+
+// Of whole warps.
+inline unsigned __reduce_max_sync(unsigned lanes, unsigned value,
+                                  std::source_location at = std::source_location::current()) {
+  for (int lane = 1; lane < 32; lane *= 2) value = std::max(value, __shfl_xor_sync(lanes, value, lane, at));
+  return value;
+}
+inline unsigned __reduce_min_sync(unsigned lanes, unsigned value,
+                                  std::source_location at = std::source_location::current()) {
+  return ~__reduce_max_sync(lanes, ~value, at);
 }
 
 // Threads take turns, so that what each does between two barriers is atomic by itself.

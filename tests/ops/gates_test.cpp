@@ -2,6 +2,7 @@
 
 #include "hymoe/ops/plain.h"
 #include "ops/gradcheck.h"
+#include "ops/together.h"
 
 namespace hymoe::ops {
 namespace {
@@ -54,18 +55,78 @@ TEST(TopkGates, SharedExpertIsAlwaysTakenAndNormalisedWithTheRest) {
                1e-4);
 }
 
-TEST(TopkGates, GradientsAgreeWithDifferences) {
-  const Tensor logits = leaf({4, 6});
+std::vector<GateOptions> ways() {
+  std::vector<GateOptions> all;
   for (const bool sigmoid : {false, true}) {
-    for (const bool shared : {false, true}) {
-      const Op op = [&](const Tensors& in) {
-        const Gates g = topk_gates(in[0], {.top_k = 2, .sigmoid = sigmoid, .shared_last = shared});
-        const Tensor both = at::cat({g.weights, g.scores}, 1);
-        return shared ? at::cat({both, g.shared_weight.unsqueeze(1)}, 1) : both;
-      };
-      expect_gradients(op, {logits});
+    for (const bool normalize : {false, true}) {
+      for (const bool after : {false, true}) {
+        for (const bool shared : {false, true}) {
+          all.push_back({.top_k = 3,
+                         .sigmoid = sigmoid,
+                         .normalize = normalize,
+                         .softmax_after_topk = after,
+                         .shared_last = shared,
+                         .scale = normalize ? 1 : 2.5});
+        }
+      }
     }
   }
+  return all;
+}
+
+TEST(TopkGates, AgreesWithItsPlainComposition) {
+  for (const auto type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+    const double tolerance = type == at::kDouble ? 1e-12 : type == at::kFloat ? 2e-6 : 1e-2;
+    for (const GateOptions& options : ways()) {
+      if (type != at::kDouble && !options.shared_last) continue;
+      for (const bool biased : {false, true}) {
+        const Tensor z = leaf({8, 40}, type, 2);
+        const Tensor bias = biased ? at::randn({40 - options.shared_last}) : Tensor();
+        const Gates a = topk_gates(z, options, bias), b = plain::topk_gates(z, options, bias);
+        EXPECT_TRUE(a.ids.equal(b.ids));
+        EXPECT_EQ(a.weights.scalar_type(), b.weights.scalar_type());
+        expect_close(together(a), together(b), type == at::kDouble ? 1e-13 : 2e-6);
+        const Op op = [&](const Tensors& in) { return together(topk_gates(in[0], options, bias)); };
+        const Op plain = [&](const Tensors& in) { return together(plain::topk_gates(in[0], options, bias)); };
+        expect_same(op, plain, {z}, tolerance);
+      }
+    }
+  }
+}
+
+TEST(TopkGates, GradientsAgreeWithDifferences) {
+  for (const GateOptions& options : ways()) {
+    const Op op = [&](const Tensors& in) { return together(topk_gates(in[0], options)); };
+    expect_gradients(op, {leaf({2, 5})});
+  }
+}
+
+TEST(TopkGates, GradientsOfSomeResultsAlone) {
+  for (const auto& result : {&Gates::scores, &Gates::weights, &Gates::shared_weight}) {
+    const GateOptions options{.top_k = 2, .shared_last = true};
+    const Op op = [&](const Tensors& in) { return topk_gates(in[0], options).*result; };
+    const Op plain = [&](const Tensors& in) { return plain::topk_gates(in[0], options, {}).*result; };
+    expect_same(op, plain, {leaf({4, 6})}, 1e-12);
+  }
+}
+
+TEST(TopkGates, ChoosesByTheScoresThatItReturns) {
+  const Tensor logits = at::randn({300, 20}).to(at::kBFloat16), bias = at::randn({19}) * 0.1;
+  const Gates g = topk_gates(logits, {.top_k = 4, .shared_last = true}, bias);
+  EXPECT_TRUE(g.ids.equal(plain::topk_ids(g.scores.narrow(1, 0, 19) + bias, 4)));
+}
+
+TEST(TopkIds, AgreesWithSorting) {
+  Tensor scores = at::randint(-4, 5, {40, 50}).to(at::kFloat) / 3;
+  scores.masked_fill_(at::rand({40, 50}) < 0.1, NAN).masked_fill_(at::rand({40, 50}) < 0.2, -INFINITY);
+  scores.masked_fill_(at::rand({40, 50}) < 0.05, INFINITY).masked_fill_(at::rand({40, 50}) < 0.1, -0.f);
+  for (const auto type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (const int64_t k : {1, 2, 7, 16, 17, 50}) {
+      EXPECT_TRUE(topk_ids(scores.to(type), k).equal(plain::topk_ids(scores.to(type), k))) << type << k;
+    }
+  }
+  const Tensor columns = at::randn({9, 31}).t();
+  EXPECT_TRUE(topk_ids(columns, 3).equal(plain::topk_ids(columns, 3)));
 }
 
 TEST(TopkGates, TakesNoRowsAndNan) {

@@ -24,11 +24,12 @@ struct GateOptions {
 };
 
 /// [T, top_k] int64: the columns of the largest scores [T, E] of each row, best first; of equal ones the
-/// lower index first.
+/// lower index first. NaN is the largest, as in torch.sort.
 Tensor topk_ids(const Tensor& scores, int64_t top_k);
 
 /// Chooses top_k experts a row of logits [T, E (+1 with shared_last)] by score plus selection_bias [E] (which
-/// moves the choice, not the weight: DeepSeek-V3, arXiv 2412.19437, eq. 16) and weighs them. Works in fp32.
+/// moves the choice, not the weight: DeepSeek-V3, arXiv 2412.19437, eq. 16) and weighs them. Works in fp32
+/// (fp64 for fp64); logits of any floating type.
 Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor& selection_bias = {});
 
 }  // namespace hymoe::ops

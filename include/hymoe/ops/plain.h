@@ -21,6 +21,7 @@ Tensor swiglu_experts(const Tensor& rows, const Tensor& gate_up_proj, const Tens
                       const Tensor& rows_per_expert);
 Tensor swiglu_mlp(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down);
 Tensor topk_ids(const Tensor& scores, int64_t top_k);
+Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor& selection_bias);
 Gates sparse_mixer(const Tensor& logits, const SparseMixerOptions& options, const SparseMixerNoise& noise);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor rotary(const Tensor& x, const Tensor& positions, const Tensor& inv_freq);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include <ATen/core/Tensor.h>
 
@@ -16,14 +17,20 @@ struct SparseMixerOptions {
   bool star = false;  ///< v2* instead of v2
 };
 
-/// The random numbers of one training pass.
+/// The random numbers of one training pass: given, or made from a seed where they are used. With neither,
+/// there is no sampling, as in evaluation.
 struct SparseMixerNoise {
-  Tensor exponential = {};  ///< [K, T, E], Exp(1); undefined: no sampling, as in evaluation
+  Tensor exponential = {};  ///< [K, T, E], Exp(1)
   Tensor uniform = {};      ///< [K, T], U(0, 1)
+  std::optional<uint64_t> seed = {};
 };
 
-/// Draws them from torch's generator for logits [T, E], in the type that these are computed in.
-SparseMixerNoise sparse_mixer_noise(const Tensor& logits, int64_t top_k);
+/// From torch's default generator of the CPU.
+uint64_t draw_seed();
+
+/// The numbers that a seed stands for with logits [T, E], in the type that these are computed in: of row,
+/// round and expert, by Philox4x32-10; on every device the same.
+SparseMixerNoise sparse_mixer_noise(const Tensor& logits, int64_t top_k, uint64_t seed = draw_seed());
 
 /// SparseMixer-v2 (GRIN, arXiv 2409.12136, Alg. 1; constants and threshold as in the code published with it,
 /// microsoft/SparseMixer) and v2* (the paper's appendix A) for logits z [T, E]. Works in fp32.
