@@ -106,7 +106,8 @@ TEST(Transformer, LaterTokensDoNotChangeEarlierOutputs) {
   for (const ModelConfig& config : configs) {
     Transformer model = make_model(config);
     EXPECT_TRUE(model->causal());
-    for (const int64_t t : {1, 7, 8, 29}) EXPECT_FALSE(change_seen_before(model, t)) << config.qk_norm << " " << t;
+    for (const int64_t t : {1, 7, 8, 29})
+      EXPECT_FALSE(change_seen_before(model, t)) << config.qk_norm << " " << t;
   }
   Transformer published = make_model(hybrid_config("own", "expert_choice"));
   EXPECT_FALSE(published->causal());
