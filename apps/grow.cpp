@@ -22,7 +22,9 @@ void add_grow(CLI::App& program) {
   command->callback([=] {
     if (arguments->path.find('=') != std::string::npos && !std::filesystem::exists(arguments->path))
       arguments->overrides.insert(arguments->overrides.begin(), std::exchange(arguments->path, ""));
-    const auto config = load_config<GrowConfig>(arguments->path, arguments->overrides);
+    const auto config = arguments->path.empty()
+                            ? parse_config<GrowConfig>("{}", "command line", arguments->overrides)
+                            : load_config<GrowConfig>(arguments->path, arguments->overrides);
     Progress progress(!*json);
     const GrowReceipt receipt =
         grow(*source, *target, config, [&](const char* phase, int64_t done, int64_t total) {

@@ -120,6 +120,34 @@ class Program(Workspace):
         self.assertLess(receipt["max_logit_difference"], 1e-3)
         self.assertEqual(len(receipt["frozen"]), 2 * 3)
 
+    def test_a_grown_model_trains_anew_or_goes_on(self):
+        self.ok("train", "moe.yaml", "name=small", "steps=4")
+        small = "runs/small/step-00000004"
+        out = self.ok("grow", small, "deep", "num_layers=4", "zero_outputs=true", "sample=tokens", "sample_seq_len=32")
+        self.assertIn("0 0' 1 1'", out)
+        receipt = json.load(open("deep/receipt.json"))
+        self.assertLess(receipt["max_logit_difference"], 1e-4)
+        self.assertEqual(receipt["layer_map"], [0, 0, 1, 1])
+        write("grow.yaml", "experts: 2\nnoise: 0.02\n")
+        self.ok("grow", "deep", "wide", "grow.yaml", "order=interleave")
+        self.assertEqual(json.load(open("wide/receipt.json"))["source_receipt"]["layer_map"], [0, 0, 1, 1])
+        # As init of a run its schedule begins anew: half of the peak at the first of two steps of warm-up.
+        write("wide.yaml", "init: wide\ndata: {path: tokens, seq_len: 32, batch_size: 4}\nschedule: {lr: 0.01, warmup_steps: 2}\n"
+              "eval: {tokens: 0}\nthreads: 1\nsteps: 2\nname: wide\n")
+        self.ok("train", "wide.yaml")
+        rows = [json.loads(line) for line in open("runs/wide/metrics.jsonl")]
+        self.assertEqual([(row["step"], row["lr"]) for row in rows], [(1, 0.005), (2, 0.01)])
+        self.assertEqual(json.load(open("runs/wide/receipt.json"))["experts_factor"], 2)
+        # With its moments the run goes on where it stood.
+        os.makedirs("runs/on")
+        self.ok("grow", small, "runs/on/step-00000004", "num_layers=4", "zero_outputs=true", "optimizer=copy")
+        write("runs/on/latest", "step-00000004\n")
+        self.ok("train", "runs/on/step-00000004/config.yaml", "name=on", "steps=6")
+        rows = [json.loads(line) for line in open("runs/on/metrics.jsonl")]
+        self.assertEqual([row["step"] for row in rows if "lm_loss" in row], [5, 6])
+        self.assertEqual(json.load(open("runs/on/step-00000006/config.json"))["model"]["num_layers"], 4)
+        self.assertEqual(self.error("grow", "deep", "none", "experts=0"), "hymoe: command line: experts: wanted at least 1, got 0")
+
     def test_score_gives_losses_and_logits(self):
         write("texts.jsonl", '{"text": "fn add_12(value: u64)"}\n{"text": "é"}\n')
         for model in (self.dense, "hybrid"):

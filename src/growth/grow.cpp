@@ -3,6 +3,7 @@
 #include <future>
 #include <limits>
 #include <map>
+#include <optional>
 #include <utility>
 
 #include <ATen/ops/empty.h>
@@ -202,20 +203,41 @@ class Growth {
   const SafetensorsFolder* optimizer_;
 };
 
-int64_t count(const std::vector<NewTensor>& tensors) {
-  int64_t n = 0;
-  for (const NewTensor& tensor : tensors)
-    n += c10::isFloatingType(tensor.spec.dtype) ? tensor.spec.numel() : 0;
-  return n;
+// Layers and experts must be those that config.json counts, or some would be lost, or none be copied.
+void check_names(const SafetensorsFolder& model, const GrownConfig& grown) {
+  const int64_t layers = grown.layers.back().source + 1;           // the last one stays the last
+  std::map<int64_t, int64_t> tensors;                              // of each layer
+  std::map<std::pair<std::string, std::string>, int64_t> experts;  // by pool, and name with * for the number
+  for (const std::string& name : model.names()) {
+    const TensorName parsed = parse_name(name);
+    ++tensors[parsed.layer];
+    if (parsed.kind == Kind::kStacked) experts[{parsed.pool, name}] = model.info(name).shape.at(0);
+    if (parsed.kind == Kind::kExpert)
+      ++experts[{parsed.pool, layer_prefix(parsed.layer) + parsed.head + "*" + parsed.tail}];
+  }
+  const auto check = [&](const std::string& what, int64_t wanted, int64_t got) {
+    if (wanted == got) return;
+    throw DataError(model.path().string(), "config.json has " + std::to_string(wanted) + " " + what +
+                                               ", the files have " + std::to_string(got));
+  };
+  tensors.erase(-1);
+  check("layers", layers, tensors.empty() ? 0 : tensors.rbegin()->first + 1);
+  check("layers", layers, static_cast<int64_t>(tensors.size()));
+  for (const auto& [name, pool] : grown.pools) {
+    bool any = false;
+    for (const auto& [key, number] : experts) {
+      if (key.first != name) continue;
+      check("experts at " + key.second, pool.experts, number);
+      any = true;
+    }
+    if (!any) check("experts", pool.experts, 0);
+  }
 }
 
-int64_t count(const SafetensorsFolder& files) {
-  int64_t n = 0;
-  for (const std::string& name : files.names()) {
-    const TensorInfo& info = files.info(name);
-    n += c10::isFloatingType(info.dtype) ? c10::multiply_integers(info.shape) : 0;
-  }
-  return n;
+// Elements of a tensor that is a parameter and no buffer of our routers.
+int64_t parameters(const std::string& name, at::ScalarType dtype, const std::vector<int64_t>& shape) {
+  const bool buffer = name.ends_with(".router.bias") || name.ends_with(".router.cutoff");
+  return c10::isFloatingType(dtype) && !buffer ? c10::multiply_integers(shape) : 0;
 }
 
 // state.json of a checkpoint, for the files in `folder`.
@@ -272,12 +294,22 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
   const GrownConfig grown = grown_config(source, config);
   const SafetensorsFolder model(source);
   const std::optional<SafetensorsFolder> optimizer = open_optimizer(source, config);
+  check_names(model, grown);
+  std::optional<Sample> sample;
+  Outputs before;
+  const auto outputs = [&](const fs::path& of, const char* phase) {
+    Transformer loaded = load_in_own_dtype(of);
+    return outputs_of(loaded, *sample, phase, progress);
+  };
+  if (!config.sample.empty()) {
+    sample = read_sample(config.sample, config.sample_tokens, config.sample_seq_len, config.seed, source);
+    before = outputs(source, "measure source");
+  }
   auto hashes = std::async(std::launch::async, [&] { return hash_files(model); });
 
   GrowReceipt receipt{.source = source.string(),
                       .config = config,
                       .layers = grown.layers,
-                      .params_before = count(model),
                       .source_receipt = read_receipt(source)};
   const Growth growth(config, grown, model, optimizer ? &*optimizer : nullptr);
   std::vector<const SafetensorsFolder*> read = {&model};
@@ -285,7 +317,10 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
   AtomicDirectory directory(target);
   const fs::path& folder = directory.folder();
   const std::vector<NewTensor> tensors = growth.tensors(model, {""});
-  receipt.params_after = count(tensors);
+  for (const std::string& name : model.names())
+    receipt.params_before += parameters(name, model.info(name).dtype, model.info(name).shape);
+  for (const auto& [spec, make] : tensors)
+    receipt.params_after += parameters(spec.name, spec.dtype, spec.shape);
   write_tensors(folder, "model", tensors, read, progress);
   write_file_atomic(folder / "config.json", grown.json.dump(2) + "\n");
   if (!grown.yaml.empty()) write_file_atomic(folder / "config.yaml", grown.yaml);
@@ -295,16 +330,7 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
                   read, progress);
     write_state(source, folder);
   }
-  if (!config.sample.empty()) {
-    const Sample sample =
-        read_sample(config.sample, config.sample_tokens, config.sample_seq_len, config.seed, source);
-    const auto measure = [&](const fs::path& of, const char* phase) {
-      Transformer loaded = load_in_own_dtype(of);
-      return outputs_of(loaded, sample, phase, progress);
-    };
-    const Outputs before = measure(source, "measure source");
-    receipt.comparison = compare(before, measure(folder, "measure target"), sample);
-  }
+  if (sample) receipt.comparison = compare(before, outputs(folder, "measure target"), *sample);
   receipt.source_files = hashes.get();
   write_file_atomic(folder / "receipt.json", receipt.to_json().dump(2) + "\n");
   write_file_atomic(folder / "grow.yaml", to_yaml(config));

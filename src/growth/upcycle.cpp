@@ -28,6 +28,7 @@ namespace fs = std::filesystem;
 using Put = NewTensor::Put;
 
 constexpr const char* kEmbedding = "model.embed_tokens.weight";
+constexpr int64_t kRun = int64_t{1} << 25;  // elements that are averaged at a time
 
 ModelConfig hybrid_config(const ModelConfig& dense, const UpcycleConfig& config) {
   ModelConfig hybrid = dense;
@@ -62,8 +63,14 @@ void check_tensors(const SafetensorsFolder& files, const Transformer& dense) {
     }
   }
   for (const std::string& name : files.names()) {
+    if (parameters.contains(name)) continue;
     const bool tied = name == "lm_head.weight" && dense->config().tie_embeddings;
-    if (!tied && !parameters.contains(name)) extra.push_back(name);
+    if (!tied) {
+      extra.push_back(name);
+    } else if (files.contains(kEmbedding) && !files.tensor(name).equal(files.tensor(kEmbedding))) {
+      throw DataError(files.file_with(name).path().string() + ": " + name,
+                      "differs from model.embed_tokens.weight, but config.json ties them");
+    }
   }
   std::string text;
   append_names(text, missing, "tensors missing");
@@ -94,7 +101,7 @@ class Upcycling {
       } else if (const auto made = experts.find(name); made != experts.end()) {
         tensor.make = made->second;
       } else {
-        tensor.make = [this, from = name_in_source(name)](const Put& put) { put(mean(from)); };
+        tensor.make = [this, from = name_in_source(name)](const Put& put) { put_mean(from, put); };
       }
       all.push_back(std::move(tensor));
     };
@@ -113,12 +120,17 @@ class Upcycling {
     return at == std::string::npos ? name : name.replace(at, kShared.size(), ".mlp.");
   }
 
-  Tensor mean(const std::string& name) const {
-    Tensor sum = sources_[0]->tensor(name);
-    if (sources_.size() == 1) return sum;
-    sum = sum.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
-    for (size_t i = 1; i < sources_.size(); ++i) sum += sources_[i]->tensor(name);
-    return sum / static_cast<double>(sources_.size());
+  void put_mean(const std::string& name, const Put& put) const {
+    const Tensor first = sources_[0]->tensor(name);
+    if (sources_.size() == 1) return put(first);
+    for (int64_t begin = 0; begin < first.numel(); begin += kRun) {
+      const auto run = [&](const Tensor& of) {
+        return of.view(-1).narrow(0, begin, std::min(kRun, first.numel() - begin)).to(at::kFloat);
+      };
+      Tensor sum = run(first);
+      for (size_t i = 1; i < sources_.size(); ++i) sum = sum + run(sources_[i]->tensor(name));
+      put(sum / static_cast<double>(sources_.size()));
+    }
   }
 
   // What is of no dense model begins as its class says: routers, gates and fusion, out of a layer whose

@@ -329,8 +329,9 @@ TEST_F(Grow, FreezePatternsFollowTheirLayers) {
 
 TEST_F(Grow, AGrownModelTrains) {
   tiny::write_hybrid_checkpoint(hybrid());
-  grow(hybrid(), grown(), config(4, 2));
+  const GrowReceipt receipt = grow(hybrid(), grown(), config(4, 2));
   Transformer model = load_pretrained(grown());
+  EXPECT_EQ(receipt.params_after, model->num_params());
   const Tensor tokens = at::arange(64) % 17, targets = (at::arange(64) + 1) % 17;
   std::vector<double> losses;
   for (int step = 0; step < 3; ++step) {
@@ -352,7 +353,8 @@ TEST_F(Grow, AGrownModelTrains) {
 void write_moe(const fs::path& folder, nlohmann::json config, const NamedTensors& layer,
                int64_t max_shard_bytes) {
   fs::create_directories(folder);
-  config.update({{"num_hidden_layers", 2}, {"num_experts_per_tok", 2}, {"hidden_size", 6}});
+  config.emplace("num_hidden_layers", 2);
+  config.update({{"num_experts_per_tok", 2}, {"hidden_size", 6}});
   write_file_atomic(folder / "config.json", config.dump());
   NamedTensors tensors = {{"model.embed_tokens.weight", at::randn({5, 6}, at::kBFloat16)}};
   for (int64_t i = 0; i < 2; ++i) {
@@ -405,6 +407,26 @@ TEST_F(Grow, KnowsExpertsOneByOne) {
   const std::string expert = "model.layers.0.block_sparse_moe.experts.";
   EXPECT_TRUE(noisy.tensor(expert + "2.w1.weight").equal(from.tensor(expert + "1.w1.weight")));
   EXPECT_FALSE(noisy.tensor(expert + "3.w1.weight").equal(from.tensor(expert + "1.w1.weight")));
+}
+
+TEST_F(Grow, FilesMustHoldWhatTheConfigSays) {
+  const auto error = [&](const json& config, NamedTensors layer) {
+    const fs::path source = folder / "wrong";
+    write_moe(source, config, layer, 1 << 20);
+    return error_of([&] { grow(source, grown(), {.num_layers = 0, .experts = 2}); })
+        .substr(source.string().size());
+  };
+  const json mixtral{{"model_type", "mixtral"}, {"num_local_experts", 3}};
+  NamedTensors layer = mixtral_layer();
+  layer.erase(layer.begin() + 4);
+  EXPECT_EQ(
+      error(mixtral, layer),
+      ": config.json has 3 experts at model.layers.0.block_sparse_moe.experts.*.w1.weight, the files have 2");
+  EXPECT_EQ(
+      error({{"model_type", "olmoe"}, {"num_experts", 3}}, {{"mlp.gate_proj.weight", at::randn({4, 6})}}),
+      ": config.json has 3 experts, the files have 0");
+  EXPECT_EQ(error({{"model_type", "olmoe"}, {"num_experts", 3}, {"num_hidden_layers", 3}}, mixtral_layer()),
+            ": config.json has 3 layers, the files have 2");
 }
 
 TEST_F(Grow, KnowsStackedExpertsAndDenseLayersBetween) {
