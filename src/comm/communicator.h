@@ -1,8 +1,9 @@
 #pragma once
 
+#include <atomic>
 #include <chrono>
-#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 
@@ -13,11 +14,20 @@
 
 namespace hymoe {
 
+/// What this process tells the others of itself, and asks of them after a failure.
+struct Watch {
+  virtual ~Watch() = default;
+  /// Which ranks the failure is owed to, as text; empty if that cannot be told.
+  virtual std::string missing_ranks() = 0;
+
+  std::atomic<int64_t> started{0};  // collectives of all groups
+};
+
 /// What a Group of more than one holds.
 struct Communicator {
   c10::intrusive_ptr<c10d::Backend> backend;
-  std::string name;                                // of the group, for errors
-  std::function<std::string()> silent_ranks = {};  // after a failure: which ranks no longer answer, as text
+  std::string name;  // of the group, for errors
+  std::shared_ptr<Watch> watch = {};
   mutable std::mutex mutex = {};
   mutable std::map<std::string, Traffic> traffic = {};  // under the mutex
 };

@@ -16,11 +16,11 @@ thread_local std::string current_place;
 
 [[noreturn]] void fail(const Communicator& communicator, const std::string& operation,
                        const std::string& place, const std::string& cause) {
-  const std::string silent = communicator.silent_ranks ? communicator.silent_ranks() : "";
+  const std::string missing = communicator.watch ? communicator.watch->missing_ranks() : "";
   throw CommError("rank " + std::to_string(communicator.backend->getRank()) + " of " +
                   std::to_string(communicator.backend->getSize()) + " of group " + communicator.name + ": " +
                   operation + (place.empty() ? "" : " in " + place) +
-                  " failed: " + cause.substr(0, cause.find('\n')) + (silent.empty() ? "" : "; " + silent));
+                  " failed: " + cause.substr(0, cause.find('\n')) + (missing.empty() ? "" : "; " + missing));
 }
 
 // This rank's of `size` equal parts of a tensor.
@@ -53,6 +53,7 @@ struct Launch {
     std::ostringstream operation;
     operation << name << " of " << tensors[0].sizes() << " " << tensors[0].scalar_type();
     count(name, tensors);
+    if (communicator->watch) ++communicator->watch->started;
     Pending pending;
     try {
       auto work = start(*communicator->backend);

@@ -19,6 +19,6 @@ using Engine = std::function<c10::intrusive_ptr<c10d::Backend>(const c10::intrus
 /// `control` makes the engine of Mesh::control.
 Mesh make_mesh(const c10::intrusive_ptr<c10d::Store>& store, int64_t rank, int64_t world_size,
                MeshConfig config, const Engine& engine, const Engine& control,
-               const std::function<std::string()>& silent_ranks);
+               const std::shared_ptr<Watch>& watch);
 
 }  // namespace hymoe

@@ -1,7 +1,8 @@
-#include <atomic>
+#include <algorithm>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
@@ -19,7 +20,7 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kBeat{500};
 
-std::string key_of(int64_t rank) { return "alive/" + std::to_string(rank); }
+std::string key_of(const std::string& sign, int64_t rank) { return sign + "/" + std::to_string(rank); }
 
 c10::intrusive_ptr<c10d::Store> open_store(const Process& process, milliseconds timeout) {
   c10d::TCPStoreOptions options;
@@ -41,12 +42,13 @@ c10::intrusive_ptr<c10d::Store> open_store(const Process& process, milliseconds 
 
 }  // namespace
 
-// Says on the store, over a connection of its own, that this process runs, and asks whether the others do.
-class World::Heart {
+// Says on the store, over a connection of its own, that this process runs and how far it is, and asks the
+// same of the others.
+class World::Heart : public Watch {
  public:
   Heart(const Process& process, milliseconds timeout)
       : process_(process), store_(open_store(process, timeout)), thread_([this] { beat(); }) {}
-  ~Heart() {
+  ~Heart() override {
     {
       const std::lock_guard lock(mutex_);
       stopped_ = true;
@@ -55,34 +57,55 @@ class World::Heart {
     thread_.join();
   }
 
-  std::string silent_ranks() {
+  // Ranks are silent whose process does not beat. If none of these has started least, whoever has is behind:
+  // who waits has started what another has not, so that chains of waiting, through whatever groups, end
+  // there.
+  std::string missing_ranks() override {
     try {
-      const auto before = counts();
+      const Signs before = signs();
       std::this_thread::sleep_for(4 * kBeat);
-      const auto after = counts();
-      std::string silent;
-      for (size_t rank = 0; rank < after.size(); ++rank) {
-        if (static_cast<int64_t>(rank) == process_.rank || after[rank] != before[rank]) continue;
-        silent += (silent.empty() ? "rank " : ", ") + std::to_string(rank);
+      const Signs after = signs();
+      const auto [least, most] = std::minmax_element(after.started.begin(), after.started.end());
+      const auto silent = [&](size_t rank) { return after.beats[rank] == before.beats[rank]; };
+      const auto last = [&](size_t rank) { return after.started[rank] == *least; };
+      bool look_behind = *least < *most;
+      for (size_t rank = 0; rank < after.beats.size(); ++rank) look_behind &= !(silent(rank) && last(rank));
+      std::string missing;
+      for (size_t rank = 0; rank < after.beats.size(); ++rank) {
+        const bool behind = look_behind && last(rank) && after.started[rank] == before.started[rank];
+        if (static_cast<int64_t>(rank) == process_.rank || !(silent(rank) || behind)) continue;
+        if (!missing.empty()) missing += ", ";
+        missing += "rank " + std::to_string(rank);
+        missing += silent(rank) ? " no longer answers" : " has not started what the others wait for";
       }
-      return silent.empty() ? "" : silent + " no longer answers";
+      return missing;
     } catch (const std::exception&) {
       return process_.store_is_there ? "the launcher no longer answers" : "rank 0 no longer answers";
     }
   }
 
  private:
-  std::vector<int64_t> counts() {
-    std::vector<int64_t> all;
-    for (int64_t rank = 0; rank < process_.world_size; ++rank) all.push_back(store_->add(key_of(rank), 0));
+  struct Signs {
+    std::vector<int64_t> beats, started;  // of each rank
+  };
+
+  Signs signs() {
+    Signs all;
+    for (int64_t rank = 0; rank < process_.world_size; ++rank) {
+      all.beats.push_back(store_->add(key_of("beats", rank), 0));
+      all.started.push_back(store_->add(key_of("started", rank), 0));
+    }
     return all;
   }
 
   void beat() {
+    int64_t told = 0;
     std::unique_lock lock(mutex_);
     while (!stopped_) {
       try {
-        store_->add(key_of(process_.rank), 1);
+        const int64_t now = started;
+        store_->add(key_of("started", process_.rank), now - std::exchange(told, now));
+        store_->add(key_of("beats", process_.rank), 1);
       } catch (const std::exception&) {
         return;  // the store is gone; a collective will say what happened
       }
@@ -100,7 +123,7 @@ class World::Heart {
 
 Mesh make_mesh(const c10::intrusive_ptr<c10d::Store>& store, int64_t rank, int64_t world_size,
                MeshConfig config, const Engine& engine, const Engine& control,
-               const std::function<std::string()>& silent_ranks) {
+               const std::shared_ptr<Watch>& watch) {
   const int64_t rest = config.ep * config.tp;
   if (config.dp == 0) config.dp = world_size / rest;
   if (config.dp * rest != world_size) {
@@ -115,7 +138,7 @@ Mesh make_mesh(const c10::intrusive_ptr<c10d::Store>& store, int64_t rank, int64
     const std::string prefix = std::string(name) + "/" + std::to_string(others);
     auto backend = make(c10::make_intrusive<c10d::PrefixStore>(prefix, store), static_cast<int>(mine),
                         static_cast<int>(size));
-    return Group(std::shared_ptr<Communicator>(new Communicator{std::move(backend), name, silent_ranks}));
+    return Group(std::shared_ptr<Communicator>(new Communicator{std::move(backend), name, watch}));
   };
   Mesh mesh;
   mesh.world = group("world", rank, world_size, 0, engine);
@@ -141,14 +164,14 @@ World::World(const Process& process, const MeshConfig& config, bool cuda, millis
   };
   try {
     mesh_ = make_mesh(open_store(process, timeout), process.rank, process.world_size, config,
-                      cuda ? nccl : gloo, gloo, [heart = heart_] { return heart->silent_ranks(); });
+                      cuda ? nccl : gloo, gloo, heart_);
   } catch (const ConfigError&) {
     throw;
   } catch (const std::exception& error) {
-    const std::string text = error.what(), silent = heart_->silent_ranks();
+    const std::string text = error.what(), missing = heart_->missing_ranks();
     throw Error("rank " + std::to_string(process.rank) + " of " + std::to_string(process.world_size) +
                 ": the processes did not come together: " + text.substr(0, text.find('\n')) +
-                (silent.empty() ? "" : "; " + silent));
+                (missing.empty() ? "" : "; " + missing));
   }
 }
 

@@ -1,10 +1,12 @@
 #include "hymoe/train/optimizer.h"
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
+#include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
-#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
 #include "hymoe/config/error.h"
@@ -55,20 +57,32 @@ void AdamW::add(Bucket& bucket, Piece piece) {
 }
 
 double AdamW::grad_norm() const {
-  double squares = 0;
-  std::string not_finite;
+  // In double, so that the norm does not depend on who owns what. On CPUs the kernel casts its input before
+  // it sums: by chunks, for a matrix in double may not fit.
+  constexpr int64_t kChunk = 1 << 22;
+  std::vector<Tensor> chunks;
+  std::vector<const std::string*> names;
   for (const Bucket& bucket : buckets_) {
     for (const ParamGroup& group : bucket) {
       for (const Piece& piece : group.pieces) {
         const Tensor& grad = piece.parameter.grad();
         TORCH_CHECK(grad.defined(), "AdamW: parameter ", piece.shard.name,
                     " has no gradient: the loss does not depend on it");
-        if (piece.owned.begin == piece.owned.end) continue;
-        const Tensor owned = elements(grad, piece.owned);
-        const double norm = at::linalg_vector_norm(owned, 2, std::nullopt, false, at::kFloat).item<double>();
-        if (!std::isfinite(norm) && not_finite.empty()) not_finite = piece.shard.name;
-        squares += norm * norm;
+        for (int64_t begin = piece.owned.begin; begin < piece.owned.end; begin += kChunk) {
+          chunks.push_back(elements(grad, {begin, std::min(begin + kChunk, piece.owned.end)}));
+          names.push_back(&piece.shard.name);
+        }
       }
+    }
+  }
+  double squares = 0;
+  std::string not_finite;
+  if (!chunks.empty()) {  // one wait for the device
+    const Tensor norms = at::stack(at::_foreach_norm(chunks, 2, at::kDouble)).cpu();
+    squares = norms.square().sum().item<double>();
+    const double* norm = norms.const_data_ptr<double>();
+    for (size_t i = 0; i < names.size() && not_finite.empty(); ++i) {
+      if (!std::isfinite(norm[i])) not_finite = *names[i];
     }
   }
   if (gradients_ != nullptr && gradients_->mesh().world.size() > 1) {

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <latch>
 #include <map>
 #include <string>
 #include <thread>
@@ -115,6 +116,35 @@ TEST(World, RankZeroOpensTheMeetingPlaceWhereNoLauncherDoes) {
   }
   for (std::thread& rank : ranks) rank.join();
   EXPECT_EQ(sums, std::vector<int64_t>(2, 3));
+}
+
+// Rank 3 does not come; rank 2 waits for it among the slices, and so do ranks 0 and 1 among the replicas.
+TEST(World, ErrorsNameTheRankThatHangsNotThoseThatWaitForIt) {
+  std::vector<std::string> errors(4);
+  std::vector<std::thread> ranks;
+  std::latch all_failed(3);
+  for (int64_t rank = 0; rank < 4; ++rank) {
+    ranks.emplace_back([&, rank] {
+      const Process process{
+          .rank = rank, .world_size = 4, .address = "127.0.0.1", .port = 20000 + (getpid() + 1) % 20000};
+      const World world(process, {.dp = 2, .tp = 2}, /*cuda=*/false, std::chrono::seconds(4));
+      Tensor sum = at::ones({1});
+      world.mesh().world.all_reduce_sum(sum);
+      if (rank < 3) {
+        try {
+          world.mesh().tp.all_reduce_sum(sum);
+          world.mesh().dp.all_reduce_sum(sum);
+        } catch (const CommError& error) {
+          errors[rank] = error.what();
+        }
+        all_failed.count_down();
+      }
+      all_failed.wait();  // its process lives on
+    });
+  }
+  for (std::thread& rank : ranks) rank.join();
+  for (int64_t rank = 0; rank < 3; ++rank)
+    EXPECT_TRUE(errors[rank].ends_with("; rank 3 has not started what the others wait for")) << errors[rank];
 }
 
 }  // namespace

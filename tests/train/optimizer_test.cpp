@@ -2,10 +2,12 @@
 
 #include <cmath>
 
+#include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 #include <torch/types.h>
 
 #include "hymoe/config/error.h"
+#include "memory_meter.h"
 
 namespace hymoe {
 namespace {
@@ -50,6 +52,20 @@ TEST(AdamW, ClipsByTheGlobalNorm) {
   EXPECT_NEAR(b.item<double>(), -0.8, 1e-5);
 }
 
+TEST(AdamW, TheNormIsInDoubleButNoGradientIsCopiedIntoDouble) {
+  Tensor matrix = parameter(at::zeros({3000, 3001})), vector = parameter(at::zeros({5}));
+  AdamW optimizer({}, {{"matrix", matrix}, {"vector", vector}});
+  torch::manual_seed(3);
+  matrix.mutable_grad() = at::rand({3000, 3001}).pow_(8);
+  vector.mutable_grad() = at::rand({5});
+  const double squares = matrix.grad().to(at::kDouble).square().sum().item<double>() +
+                         vector.grad().to(at::kDouble).square().sum().item<double>();
+  auto meter = std::make_shared<MemoryMeter>();
+  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, meter);
+  EXPECT_NEAR(optimizer.grad_norm() / std::sqrt(squares), 1, 1e-12);
+  EXPECT_LT(meter->most, 40 << 20);  // a chunk of 32 MiB
+}
+
 TEST(AdamW, KeepsMastersOfHalfPrecisionParameters) {
   Tensor p = parameter(at::ones({2, 2}).to(at::kBFloat16));
   AdamW optimizer({.weight_decay = 0}, {{"p", p}});
@@ -72,8 +88,9 @@ TEST(AdamW, FrozenParametersHaveNoState) {
 }
 
 TEST(AdamW, NamesTheGradientThatIsMissingOrNotFinite) {
-  Tensor p = parameter(at::ones({2}));
-  AdamW optimizer({}, {{"some.weight", p}});
+  Tensor good = parameter(at::ones({2, 2})), p = parameter(at::ones({2})), q = parameter(at::ones({2}));
+  AdamW optimizer({}, {{"good.weight", good}, {"some.weight", p}, {"other.weight", q}});
+  good.mutable_grad() = at::ones({2, 2});
   try {
     optimizer.grad_norm();
     FAIL();
@@ -81,6 +98,7 @@ TEST(AdamW, NamesTheGradientThatIsMissingOrNotFinite) {
     EXPECT_NE(std::string(error.what()).find("some.weight has no gradient"), std::string::npos);
   }
   p.mutable_grad() = at::tensor({1.0f, NAN});
+  q.mutable_grad() = at::tensor({INFINITY, 1.0f});
   try {
     optimizer.grad_norm();
     FAIL();

@@ -5,32 +5,19 @@
 #include <chrono>
 #include <mutex>
 
-#include <c10/core/Allocator.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
 
 #include "hymoe/config/error.h"
 #include "hymoe/model/freeze.h"
 #include "hymoe/train/gradient_buckets.h"
 #include "hymoe/train/optimizer.h"
+#include "memory_meter.h"
 #include "ranks.h"
 #include "tiny.h"
 #include "varied.h"
 
 namespace hymoe {
 namespace {
-
-// Counts what torch allocates while it lives, on the CPU.
-class MemoryMeter : public c10::MemoryReportingInfoBase {
- public:
-  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device device) override {
-    if (!device.is_cpu()) return;
-    now += size;
-    most = std::max(most, now);
-  }
-  bool memoryProfilingEnabled() const override { return true; }
-
-  int64_t now = 0, most = 0;
-};
 
 PlanConfig config_of(const ModelConfig& model) {
   PlanConfig config;

@@ -43,7 +43,8 @@ class Pending {
 /// The processes that take part in a collective, as a value; default-constructed it is this process alone,
 /// and every collective of a group of one leaves its tensor as it is. All ranks of a group make the same
 /// calls in the same order. When a rank fails to answer, the others' calls throw CommError with rank,
-/// operation, sizes, the place that a Where names, and, where it can be told, the rank that is silent.
+/// operation, sizes, the place that a Where names, and, where it can be told, the rank that is silent or
+/// behind.
 class Group {
  public:
   Group() = default;
