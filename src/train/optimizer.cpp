@@ -5,11 +5,11 @@
 #include <utility>
 
 #include <ATen/ops/_foreach_norm.h>
-#include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/stack.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
 #include "hymoe/config/error.h"
+#include "hymoe/ops/adamw.h"
 #include "hymoe/train/gradient_buckets.h"
 
 namespace hymoe {
@@ -52,7 +52,6 @@ void AdamW::add(Bucket& bucket, Piece piece) {
   group.targets.push_back(target);
   group.exp_avg.push_back(at::zeros_like(target));
   group.exp_avg_sq.push_back(at::zeros_like(target));
-  group.steps.push_back(at::zeros({}, target.options()));
   group.pieces.push_back(std::move(piece));
 }
 
@@ -111,19 +110,19 @@ void AdamW::step(double lr, double grad_norm) {
 }
 
 void AdamW::update(ParamGroup& group, double lr, double scale) {
-  if (group.pieces.empty()) return;
-  std::vector<Tensor> grads;
-  for (const Piece& piece : group.pieces)
-    grads.push_back(elements(piece.parameter.grad(), piece.updated).to(at::kFloat));
-  std::optional<Tensor> grad_scale;  // the fused kernel divides by it: clipping costs no pass of its own
-  if (scale != 1) grad_scale = at::full({}, scale, group.targets[0].options());
-  for (Tensor& count : group.steps) count.fill_(static_cast<double>(num_steps_));
-  at::_fused_adamw_(group.targets, grads, group.exp_avg, group.exp_avg_sq, {}, group.steps, lr, config_.beta1,
-                    config_.beta2, group.weight_decay, config_.eps, false, false, grad_scale, std::nullopt);
+  const ops::AdamWStep step{.step = num_steps_,
+                            .lr = lr,
+                            .beta1 = config_.beta1,
+                            .beta2 = config_.beta2,
+                            .eps = config_.eps,
+                            .weight_decay = group.weight_decay,
+                            .scale = scale};
   for (size_t i = 0; i < group.pieces.size(); ++i) {
     const Piece& piece = group.pieces[i];
-    if (piece.parameter.scalar_type() != at::kFloat)
-      elements(piece.parameter.detach(), piece.updated).copy_(group.targets[i]);
+    const bool master = piece.parameter.scalar_type() != at::kFloat;
+    ops::adamw_step(step, elements(piece.parameter.grad(), piece.updated), group.targets[i], group.exp_avg[i],
+                    group.exp_avg_sq[i],
+                    master ? elements(piece.parameter.detach(), piece.updated) : Tensor());
     if (gradients_ == nullptr) piece.parameter.mutable_grad().reset();
   }
 }

@@ -89,11 +89,11 @@ class AdamW {
     Tensor parameter;
     ElementRange updated, owned;
   };
-  // Pieces that share hyper-parameters and dtype layout, as the fused kernel wants them.
+  // Pieces that share hyper-parameters.
   struct ParamGroup {
     double weight_decay = 0;
     std::vector<Piece> pieces;
-    std::vector<Tensor> targets, exp_avg, exp_avg_sq, steps;  // targets: fp32, what the update writes
+    std::vector<Tensor> targets, exp_avg, exp_avg_sq;  // targets: fp32, what the update writes
   };
   using Bucket = std::array<ParamGroup, 2>;  // with and without decay
 
