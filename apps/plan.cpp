@@ -37,7 +37,7 @@ void print(const Plan& plan) {
                       static_cast<long long>(plan.micro_batches), static_cast<long long>(plan.rows))
             << "\nmemory of a rank\n";
   for (const auto& [kind, bytes] : plan.memory) {
-    if (bytes > 0) std::cout << format("  %-24s %12s\n", kind.c_str(), format_bytes(bytes).c_str());
+    if (bytes != 0) std::cout << format("  %-24s %12s\n", kind.c_str(), format_bytes(bytes).c_str());
   }
   std::cout << format("  %-24s %12s of %s\n", "all", format_bytes(plan.memory_bytes()).c_str(),
                       format_bytes(h.memory).c_str());

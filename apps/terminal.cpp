@@ -1,6 +1,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <iostream>
 
@@ -73,7 +74,7 @@ void print_comparison(const Comparison& comparison) {
 
 std::string format_bytes(double bytes) {
   std::array<char, 32> text{};
-  if (bytes >= 1 << 30) {
+  if (std::abs(bytes) >= 1 << 30) {
     std::snprintf(text.data(), text.size(), "%.2f GiB", bytes / (1 << 30));
   } else {
     std::snprintf(text.data(), text.size(), "%.1f MiB", bytes / (1 << 20));

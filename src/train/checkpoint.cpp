@@ -252,7 +252,6 @@ void load_model_parts(const fs::path& checkpoint, const std::vector<TensorPart>&
 
 TrainState load_training_state(const fs::path& checkpoint, const std::vector<TensorPart>& parts,
                                const Mesh& mesh) {
-  verify_checkpoint(checkpoint, mesh);
   load_parts(checkpoint, "optimizer", parts, mesh.control, ": were other parameters frozen?");
   const json state = read_state(checkpoint);
   return {.step = state["step"].get<int64_t>(),

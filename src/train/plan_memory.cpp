@@ -62,12 +62,16 @@ double activation_bytes(const PlanSetting& s) {
   return s.rows * (s.layers * (2 * dim - same) + s.moe_layers * routing + ends);
 }
 
+double output_gradient_bytes(const PlanSetting& s) {
+  return s.trainable_output * (kFloat + (s.type_bytes < kFloat ? s.type_bytes : 0));
+}
+
 // The chunk of logits, and the gradient of the output matrix, which is made with them.
 double logits_bytes(const PlanSetting& s) {
   const double vocab = static_cast<double>(s.model.vocab_size) / static_cast<double>(s.tp.size);
   const double chunk = std::min(s.rows, std::max(64.0, std::floor((1 << 24) / vocab)));
   const double copy = s.type_bytes < kFloat ? s.type_bytes : 0;
-  return chunk * vocab * (kFloat + copy) + s.trainable_output * (kFloat + copy);
+  return chunk * vocab * (kFloat + copy) + output_gradient_bytes(s);
 }
 
 // What passes through the backward pass of one layer beside what was kept: gradients of rows, and of the
@@ -114,24 +118,35 @@ FfnNumbers PlanSetting::ffn(bool moe) const {
 
 void plan_memory(const PlanSetting& s, Plan& plan) {
   const double masters = s.type_bytes < kFloat ? kFloat : 0;
-  double owned = 0, all = 0;
+  double owned = 0, all = 0, open = 0;  // elements; open: of the first bucket of each kind
   for (const bool expert : {false, true}) {
     const auto ranks = static_cast<double>(expert ? s.dp.size : s.data.size);
     const double flat = std::ceil(s.trainable[expert] / (64 * ranks)) * 64 * ranks;
     all += flat;
     owned += s.config.optimizer.shard ? flat / ranks : flat;
+    if (ranks > 1) open += std::min(flat, s.config.optimizer.bucket_mb * (1 << 20) / s.type_bytes);
   }
-  plan.memory = {
-      {"weights", s.local * s.type_bytes},
-      {"gradients", all * s.gradient_bytes},
-      {"master weights", owned * masters},
-      {"moments", owned * 2 * kFloat},
-      {"activations", activation_bytes(s)},
-      {"exchange", s.ep.size > 1 && s.moe_layers > 0
-                       ? 2 * s.rows * s.ffn(true).rows * static_cast<double>(s.model.dim) * s.type_bytes
-                       : 0},
-      {"logits", logits_bytes(s)},
-      {"in passing", passing_bytes(s)}};
+  const double gradients = all * s.gradient_bytes, activations = activation_bytes(s);
+  const double exchange =
+      s.ep.size > 1 && s.moe_layers > 0
+          ? 2 * s.rows * s.ffn(true).rows * static_cast<double>(s.model.dim) * s.type_bytes
+          : 0;
+  const double logits = logits_bytes(s), passing = passing_bytes(s);
+  // The loss is there before the backward pass, which frees activations as it makes the first gradients.
+  const double before = s.micro_batches > 1 ? gradients : 0;
+  const double most = std::max({before + activations + logits,
+                                std::max(before, open * s.gradient_bytes) + activations + exchange +
+                                    output_gradient_bytes(s) + passing,
+                                gradients + passing});
+  plan.memory = {{"weights", s.local * s.type_bytes},
+                 {"gradients", gradients},
+                 {"master weights", owned * masters},
+                 {"moments", owned * 2 * kFloat},
+                 {"activations", activations},
+                 {"exchange", exchange},
+                 {"logits", logits},
+                 {"in passing", passing},
+                 {"never at once", most - (gradients + activations + exchange + logits + passing)}};
 }
 
 }  // namespace hymoe

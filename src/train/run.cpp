@@ -157,6 +157,7 @@ void Trainer::Run::begin_or_resume() {
     const auto found = is_first() ? latest_checkpoint(folder_) : std::nullopt;
     return found ? found->string() : std::string();
   })[0];
+  if (!latest.empty()) verify_checkpoint(latest, mesh_);
   const std::string weights = latest.empty() ? config_.init : latest;
   torch::manual_seed(static_cast<uint64_t>(config_.seed));
   model_ = Transformer(config_.model, mesh_, weights.empty() ? Init::kRandom : Init::kNone);

@@ -5,8 +5,6 @@
 #include <chrono>
 #include <mutex>
 
-#include <c10/util/ThreadLocalDebugInfo.h>
-
 #include "hymoe/config/error.h"
 #include "hymoe/model/freeze.h"
 #include "hymoe/train/gradient_buckets.h"
@@ -112,10 +110,9 @@ TEST(Plan, ActivationsAreThoseKeptAndTheirPeakIsNear) {
         model->set_recompute(recompute);
         const Text text = make_text(config, config.data.batch_size);
         loss_of(model, text).backward();  // gradients are there, as after the first micro-batch
-        auto meter = std::make_shared<MemoryMeter>();
-        const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, meter);
+        MemoryMeter meter;
         const Tensor loss = loss_of(model, text);
-        const auto kept = static_cast<double>(meter->now);
+        const auto kept = static_cast<double>(meter.now());
         loss.backward();
         const Plan planned = plan(config);
         const double output = static_cast<double>(config.model.vocab_size * config.model.dim) *
@@ -126,8 +123,8 @@ TEST(Plan, ActivationsAreThoseKeptAndTheirPeakIsNear) {
                                  config.model.norm + " " + config.model.qk_norm;
         EXPECT_NEAR((kept - output) / activations, 1, 0.03) << what;
         const double most = activations + planned.memory_of("logits") + planned.memory_of("in passing");
-        EXPECT_GT(static_cast<double>(meter->most) / most, 0.7) << what;
-        EXPECT_LT(static_cast<double>(meter->most) / most, 1.1) << what;
+        EXPECT_GT(static_cast<double>(meter.most()) / most, 0.7) << what;
+        EXPECT_LT(static_cast<double>(meter.most()) / most, 1.1) << what;
       }
     }
   }
@@ -147,7 +144,19 @@ double planned_bytes(const Plan& planned, const std::string& group, const std::s
   return bytes;
 }
 
-// A step of two micro-batches, as Trainer takes it, on every rank; -> bytes that went to experts, on average.
+// As Trainer takes it.
+void take_step(Transformer& model, const Text& text, int64_t micro_batches, GradientBuckets& buckets,
+               AdamW& optimizer) {
+  for (int64_t i = 1; i <= micro_batches; ++i) {
+    buckets.before_backward(/*last=*/i == micro_batches);
+    loss_of(model, text).backward();
+  }
+  buckets.finish();
+  optimizer.step(1e-3, optimizer.grad_norm());
+  model->end_step(buckets.mesh().data);
+}
+
+// A step of two micro-batches on every rank; -> bytes that went to experts, on average.
 double check_step(const PlanConfig& config, const Plan& planned) {
   torch::manual_seed(1);
   const Text text = make_text(config, config.micro_batch);
@@ -163,13 +172,7 @@ double check_step(const PlanConfig& config, const Plan& planned) {
     const auto parameters = parameter_shards(model);
     GradientBuckets buckets(parameters, mesh, config.optimizer);
     AdamW optimizer(config.optimizer, buckets);
-    for (const bool last : {false, true}) {
-      buckets.before_backward(last);
-      loss_of(model, text).backward();
-    }
-    buckets.finish();
-    optimizer.step(1e-3, optimizer.grad_norm());
-    model->end_step(mesh.data);
+    take_step(model, text, 2, buckets, optimizer);
     for (const auto& [name, group] : {std::pair("tp", mesh.tp), {"data", mesh.data}, {"dp", mesh.dp}}) {
       for (const char* operation : {"all_reduce", "reduce_scatter", "all_gather"})
         EXPECT_EQ(counted(group, operation), planned_bytes(planned, name, operation))
@@ -198,6 +201,51 @@ TEST(Plan, TrafficAndStateOfAStepAreWhatItsRanksCount) {
       const double expected = planned_bytes(planned, "ep", "all_to_all");
       EXPECT_GE(to_experts, expected);
       EXPECT_LE(to_experts, 1.3 * expected);
+    }
+  }
+}
+
+// With accumulation and without; plain in float32, or sharded and recomputing in bfloat16.
+PlanConfig with_memory(const MeshConfig& mesh, int64_t micro_batches, bool option) {
+  PlanConfig config = config_of(hybrid());
+  config.model.vocab_size = 8192;
+  config.model.dim = config.model.max_seq_len = config.data.seq_len = 256;
+  config.model.hidden = config.model.moe.shared.hidden = 768;
+  for (BranchConfig& branch : config.model.moe.branches) branch.hidden = 768;
+  config.parallel = mesh;
+  config.micro_batch = config.data.batch_size / (mesh.dp * mesh.ep) / micro_batches;
+  config.recompute = config.optimizer.shard = option;
+  if (option) config.dtype = "bfloat16";
+  return config;
+}
+
+TEST(Plan, MemoryOfARankIsTheMostThatItsTensorsTake) {
+  for (const MeshConfig& mesh_config : std::vector<MeshConfig>{{2, 1, 1}, {1, 2, 1}, {1, 1, 2}}) {
+    for (const int64_t micro_batches : {1, 2}) {
+      for (const bool option : {false, true}) {
+        const PlanConfig config = with_memory(mesh_config, micro_batches, option);
+        torch::manual_seed(1);
+        const Text text = make_text(config, config.micro_batch);
+        std::mutex mutex;
+        run_ranks(config.parallel, [&](const Mesh& mesh) {
+          MemoryMeter meter;
+          Transformer model{nullptr};
+          {
+            const std::lock_guard lock(mutex);
+            model = Transformer(config.model, mesh);
+          }
+          if (config.dtype == "bfloat16") model->to(at::kBFloat16);
+          model->set_recompute(config.recompute);
+          GradientBuckets buckets(parameter_shards(model), mesh, config.optimizer);
+          AdamW optimizer(config.optimizer, buckets);
+          meter.restart();
+          take_step(model, text, micro_batches, buckets, optimizer);
+          const double planned = plan(config).memory_bytes();
+          EXPECT_NEAR(static_cast<double>(meter.most()) / planned, 1, 0.1)
+              << "rank " << mesh.world.rank() << " of dp " << mesh.dp.size() << ", ep " << mesh.ep.size()
+              << ", tp " << mesh.tp.size() << "; " << micro_batches << " micro-batches, " << config.dtype;
+        });
+      }
     }
   }
 }

@@ -77,8 +77,7 @@ std::optional<std::filesystem::path> latest_checkpoint(const std::filesystem::pa
 void load_model_parts(const std::filesystem::path& checkpoint, const std::vector<TensorPart>& parts,
                       const Mesh& mesh = {});
 
-/// Checks every file against state.json, and fills the parts of the optimizer's state as load_model_parts
-/// does the model's.
+/// Fills the parts of the optimizer's state as load_model_parts does the model's.
 TrainState load_training_state(const std::filesystem::path& checkpoint, const std::vector<TensorPart>& parts,
                                const Mesh& mesh = {});
 
