@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import struct
 import subprocess
 import sys
@@ -168,14 +169,17 @@ def run_stream(args):
                 "upcycle, noise": [args.hymoe, "upcycle", source, target, empty, moe, "every=7", "method=noise", "--json"],
                 "grow": [args.hymoe, "grow", source, target, empty, f"num_layers={layers + layers // 3}", "depth=identity"
                          if layers % max(1, layers // 3) == 0 else "depth=interpose", "--json"]}
-    print(f"{layers} layers, {size_of(source) / 1e9:.1f} GB\n\n| | GB written | seconds | GB/s | of cp | peak memory |\n|---|---|---|---|---|---|")
-    speed = {}
-    for name, command in commands.items():
-        seconds, peak = timed(command, source)
-        written = size_of(target) / 1e9
-        speed[name] = written / seconds
-        print(f"| {name} | {written:.1f} | {seconds:.1f} | {speed[name]:.2f} | {speed[name] / speed['cp']:.2f} | {peak / 2**30:.2f} GiB |", flush=True)
-        shutil.rmtree(target)
+    results = {name: [] for name in commands}
+    for _ in range(args.rounds):
+        for name, command in commands.items():
+            seconds, peak = timed(command, source)
+            results[name].append((size_of(target) / 1e9, seconds, peak))
+            shutil.rmtree(target)
+    print(f"{layers} layers, {size_of(source) / 1e9:.1f} GB; medians\n\n| | GB written | seconds | GB/s | of cp | peak memory |\n|---|---|---|---|---|---|")
+    speed = {name: statistics.median(written / seconds for written, seconds, _ in rows) for name, rows in results.items()}
+    for name, rows in results.items():
+        written, seconds, peak = (statistics.median(column) for column in zip(*rows))
+        print(f"| {name} | {written:.1f} | {seconds:.1f} | {speed[name]:.2f} | {speed[name] / speed['cp']:.2f} | {peak / 2**30:.2f} GiB |")
 
 
 def main():
@@ -191,6 +195,7 @@ def main():
     training.add_argument("--only", nargs="*", help="rows to make")
     stream = kinds.add_parser("stream")
     stream.add_argument("--gb", type=float, default=20)
+    stream.add_argument("--rounds", type=int, default=3)
     for each in (training, stream):
         each.add_argument("--work", help="folder for what is made and removed again; a temporary one by default")
     args = parser.parse_args()

@@ -90,15 +90,16 @@ std::vector<ExpertCopy> expert_copies(const UpcycleConfig& config, const BranchC
 }
 
 Tensor expert_matrix(const UpcycleConfig& config, const ExpertCopy& copy, const Tensor& dense, bool down,
-                     double factor, at::Generator generator) {
+                     double factor, const std::string& name) {
   const int64_t dim = down ? 1 : 0;
   Tensor matrix = copy.neurons.defined() ? dense.index_select(dim, copy.neurons) : dense;
-  if (config.method == "noise" && config.noise > 0) matrix = with_noise(matrix, config.noise, generator);
+  if (config.method == "noise" && config.noise > 0)
+    matrix = with_noise(matrix, config.noise, config.seed, name);
   if (copy.fresh.defined() && copy.fresh.numel() > 0) {
     const Tensor replaced = matrix.index_select(dim, copy.fresh).to(at::kFloat);
     const double mean = replaced.mean().item<double>(),
                  std = replaced.numel() > 1 ? replaced.std().item<double>() : 0;
-    const Tensor drawn = at::empty(replaced.sizes()).normal_(mean, std, generator);
+    const Tensor drawn = at::empty(replaced.sizes()).normal_(mean, std, generator_for(config.seed, name));
     matrix = matrix.to(at::kFloat).index_copy(dim, copy.fresh, drawn);
   }
   return factor == 1 ? matrix : matrix.to(at::kFloat) * factor;

@@ -27,9 +27,9 @@ std::vector<ExpertCopy> expert_copies(const UpcycleConfig& config, const BranchC
                                       const std::string& name);
 
 /// An expert's matrix of the dense one: gate or up [F, D] -> [H, D], or with `down` [D, F] -> [D, H].
-/// `factor` multiplies it.
+/// `factor` multiplies it, `name` decides what is drawn.
 Tensor expert_matrix(const UpcycleConfig& config, const ExpertCopy& copy, const Tensor& dense, bool down,
-                     double factor, at::Generator generator);
+                     double factor, const std::string& name);
 
 /// What the weights of a row's experts lack to make its output the dense FFN's, for slices of a G-th of it
 /// whose routers are undecided: G divided by the sum of these weights (NVIDIA, arXiv 2410.07524).

@@ -107,7 +107,7 @@ class Growth {
   void put_expert(const Source& source, const Tensor& values, const std::string& name, bool copy,
                   const Put& put) const {
     const bool noisy = copy && config_.noise > 0 && !source.is_moment();
-    put(noisy ? with_noise(values, config_.noise, generator_for(config_.seed, name)) : values);
+    put(noisy ? with_noise(values, config_.noise, config_.seed, name) : values);
   }
 
   // The values that noise is added to: the master weights where they go along.
@@ -167,8 +167,7 @@ class Growth {
     const int64_t experts = pool.experts;
     Tensor values = exact(source);
     if (source.parameter.ends_with(".router.bias")) values = values * pool.bias_factor;
-    std::vector<int64_t> rows;
-    std::vector<int64_t> copies;
+    std::vector<int64_t> rows, copies;
     for (int64_t e = 0; e < experts * config_.experts; ++e) {
       const auto [from, copy] = grown_expert(e, experts, config_);
       if (copy) copies.push_back(e);
@@ -177,13 +176,9 @@ class Growth {
     if (extra == 1) rows.push_back(experts);
     Tensor grown = values.index_select(0, at::tensor(rows));
     if (source.is_moment() || source.name.kind == Kind::kCutoff || config_.noise == 0) return grown;
-    // Of the whole tensor of the source, as for experts, of whose noise a row takes its part.
-    const Tensor exact_rows = grown.to(at::kFloat);
-    const double std = values.numel() > 1 ? values.to(at::kFloat).std().item<double>() : 0.0;
-    const Tensor noise = at::empty(exact_rows.sizes(), at::kFloat)
-                             .normal_(0, config_.noise * std, generator_for(config_.seed, name));
     const Tensor which = at::tensor(copies);
-    return exact_rows.index_add(0, which, noise.index_select(0, which));
+    const Tensor noised = with_noise(grown, config_.noise, config_.seed, name);
+    return grown.to(at::kFloat).index_copy(0, which, noised.index_select(0, which));
   }
 
   std::function<void(const Put&)> random_router(const Source& source, const std::string& name,

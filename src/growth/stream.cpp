@@ -1,6 +1,9 @@
 #include "growth/stream.h"
 
+#include <algorithm>
+
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 
 #include "hymoe/config/error.h"
@@ -55,10 +58,19 @@ at::Generator generator_for(int64_t seed, std::string_view name) {
   return at::detail::createCPUGenerator(std::stoull(digits, nullptr, 16));
 }
 
-Tensor with_noise(const Tensor& values, double share, at::Generator generator) {
-  const Tensor exact = values.to(at::kFloat);
+Tensor with_noise(const Tensor& values, double share, int64_t seed, const std::string& name) {
+  constexpr int64_t kPart = int64_t{1} << 20;
+  const Tensor exact = values.to(at::kFloat).contiguous();
   const double std = exact.numel() > 1 ? exact.std().item<double>() : 0.0;
-  return at::empty_like(exact).normal_(0, share * std, std::move(generator)).add_(exact);
+  Tensor noise = at::empty_like(exact).view(-1);
+  const int64_t parts = (noise.numel() + kPart - 1) / kPart;
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      noise.narrow(0, part * kPart, std::min(kPart, noise.numel() - part * kPart))
+          .normal_(0, share * std, generator_for(seed, name + " " + std::to_string(part)));
+    }
+  });
+  return noise.view_as(exact).add_(exact);
 }
 
 nlohmann::ordered_json hash_files(const SafetensorsFolder& folder) {

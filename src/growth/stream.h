@@ -35,8 +35,9 @@ SafetensorsLayout write_tensors(const std::filesystem::path& folder, const std::
 /// The random numbers of one tensor, whatever was drawn for others.
 at::Generator generator_for(int64_t seed, std::string_view name);
 
-/// values + N(0, (share·std(values))²), in fp32.
-Tensor with_noise(const Tensor& values, double share, at::Generator generator);
+/// values + N(0, (share·std(values))²), in fp32; what is added is that of generator_for(seed, name), part by
+/// part, so that it does not depend on the number of threads.
+Tensor with_noise(const Tensor& values, double share, int64_t seed, const std::string& name);
 
 /// SHA-256 of every file of weights, by name.
 nlohmann::ordered_json hash_files(const SafetensorsFolder& folder);

@@ -186,7 +186,7 @@ class Upcycling {
       for (const std::string& matrix : matrices) {
         const Tensor dense = sources_[copies[e].source]->tensor(mlp + matrix + ".weight");
         put(expert_matrix(config_, copies[e], dense, matrix == "down_proj", factor,
-                          generator_for(config_.seed, pool + matrix + "." + std::to_string(e))));
+                          pool + matrix + "." + std::to_string(e)));
       }
     }
   }
