@@ -1,8 +1,8 @@
 // The kernels on one GPU, forward and backward, against what its memory allows:
 //   kernels [ROWS] [ROUNDS]
-// prints a JSON line an operation: median milliseconds, the bytes that it must move, bytes a second, their share of the
-// bandwidth that a plain copy of a large tensor reaches on the same GPU, and the time of the composition of LibTorch's
-// operations that is its specification over its own.
+// prints a JSON line an operation: median milliseconds, the bytes that it must move, bytes a second, their
+// share of the bandwidth that a plain copy of a large tensor reaches on the same GPU, and the time of the
+// composition of LibTorch's operations that is its specification over its own.
 #include <functional>
 #include <iostream>
 #include <string>
@@ -10,10 +10,10 @@
 
 #include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
-#include <nlohmann/json.hpp>
 #include <torch/csrc/api/include/torch/cuda.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/types.h>
+#include <nlohmann/json.hpp>
 
 #include "hymoe/ops/gates.h"
 #include "hymoe/ops/grouped.h"
@@ -29,7 +29,8 @@ namespace {
 namespace ops = hymoe::ops;
 using at::Tensor;
 
-constexpr int64_t kDim = 2048, kExperts = 64, kTopK = 8, kHidden = 1408, kHeads = 32, kHeadDim = 64, kWindow = 64;
+constexpr int64_t kDim = 2048, kExperts = 64, kTopK = 8, kHidden = 1408, kHeads = 32, kHeadDim = 64,
+                  kWindow = 64;
 
 struct Case {
   std::string name;
@@ -74,23 +75,44 @@ std::vector<Case> cases(int64_t rows) {
   const ops::GateOptions gate{.top_k = kTopK};
   const int64_t d = rows * kDim, r = rows * kTopK * kDim, h = rows * kTopK * kHidden;
   return {
-      {"rms_norm", total({2 * d, 3 * d}, 2), [=] { return ops::rms_norm(x, weight, 1e-5); },
-       [=] { return ops::plain::rms_norm(x, weight, 1e-5); }, {x, weight}},
-      {"rotary", total({2 * d, 2 * d}, 2), [=] { return ops::rotary(heads, positions, angles); },
-       [=] { return ops::plain::rotary(heads, positions, angles); }, {heads}},
-      {"swiglu", total({3 * h, 5 * h}, 2), [=] { return ops::swiglu(gate_up); }, [=] { return ops::plain::swiglu(gate_up); },
+      {"rms_norm",
+       total({2 * d, 3 * d}, 2),
+       [=] { return ops::rms_norm(x, weight, 1e-5); },
+       [=] { return ops::plain::rms_norm(x, weight, 1e-5); },
+       {x, weight}},
+      {"rotary",
+       total({2 * d, 2 * d}, 2),
+       [=] { return ops::rotary(heads, positions, angles); },
+       [=] { return ops::plain::rotary(heads, positions, angles); },
+       {heads}},
+      {"swiglu",
+       total({3 * h, 5 * h}, 2),
+       [=] { return ops::swiglu(gate_up); },
+       [=] { return ops::plain::swiglu(gate_up); },
        {gate_up}},
-      {"topk_gates", total({3 * rows * kExperts, 3 * rows * kExperts}, 4),
-       [=] { return ops::topk_gates(logits, gate).weights; }, [=] { return ops::plain::topk_gates(logits, gate).weights; },
+      {"topk_gates",
+       total({3 * rows * kExperts, 3 * rows * kExperts}, 4),
+       [=] { return ops::topk_gates(logits, gate).weights; },
+       [=] { return ops::plain::topk_gates(logits, gate, {}).weights; },
        {logits}},
-      {"sort_by_expert", total({3 * rows * kTopK}, 8), [=] { return ops::sort_by_expert(ids, kExperts).source_row; },
-       [=] { return ops::plain::sort_by_expert(ids, kExperts).source_row; }},
-      {"permute", total({d + r, d + r}, 2), [=] { return ops::permute(x, p); },
-       [=] { return x.index_select(0, p.source_row); }, {x}},
-      {"unpermute", total({d + r, d + 2 * r}, 2), [=] { return ops::unpermute(routed, coefficients, p); },
-       [=] { return ops::plain::unpermute(routed, coefficients, p, {}, {}); }, {routed, coefficients}},
-      {"segment_pool", total({d, d}, 2), [=] { return ops::segment_pool(x, offsets, true); },
-       [=] { return ops::plain::segment_pool(x, offsets, true, {}); }, {x}},
+      {"sort_by_expert", total({3 * rows * kTopK}, 8),
+       [=] { return ops::sort_by_expert(ids, kExperts).source_row; },
+       [=] { return ops::plain::sort_by_expert(ids, kExperts, std::nullopt).source_row; }},
+      {"permute",
+       total({d + r, d + r}, 2),
+       [=] { return ops::permute(x, p); },
+       [=] { return x.index_select(0, p.source_row); },
+       {x}},
+      {"unpermute",
+       total({d + r, d + 2 * r}, 2),
+       [=] { return ops::unpermute(routed, coefficients, p); },
+       [=] { return ops::plain::unpermute(routed, coefficients, p, {}, {}); },
+       {routed, coefficients}},
+      {"segment_pool",
+       total({d, d}, 2),
+       [=] { return ops::segment_pool(x, offsets, true); },
+       [=] { return ops::plain::segment_pool(x, offsets, true, {}); },
+       {x}},
   };
 }
 
@@ -110,13 +132,15 @@ int run(int64_t rows, int64_t rounds) {
   }
   const Tensor from = at::empty({int64_t{1} << 28}, at::TensorOptions(at::kFloat).device(at::kCUDA));
   Tensor to = at::empty_like(from);
-  const double copy = 2.0 * static_cast<double>(from.nbytes()) / milliseconds([&] { to.copy_(from); }, rounds) / 1e6;
+  const double copy =
+      2.0 * static_cast<double>(from.nbytes()) / milliseconds([&] { to.copy_(from); }, rounds) / 1e6;
   std::cout << nlohmann::ordered_json{{"case", "copy"}, {"gb_per_second", copy}} << std::endl;
   for (const Case& c : cases(rows)) {
     const double ours = time_of(c.run, c.inputs, rounds), composed = time_of(c.reference, c.inputs, rounds);
     const double speed = c.bytes / ours / 1e6;
-    std::cout << nlohmann::ordered_json{{"case", c.name},          {"milliseconds", ours},         {"bytes", c.bytes},
-                                        {"gb_per_second", speed},  {"of_copy", speed / copy},      {"composition / kernel", composed / ours}}
+    std::cout << nlohmann::ordered_json{{"case", c.name},          {"milliseconds", ours},
+                                        {"bytes", c.bytes},        {"gb_per_second", speed},
+                                        {"of_copy", speed / copy}, {"composition / kernel", composed / ours}}
               << std::endl;
   }
   return 0;
@@ -125,5 +149,7 @@ int run(int64_t rows, int64_t rounds) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return measure::main_of("kernels", [&] { return run(argc > 1 ? std::stoll(argv[1]) : 16384, argc > 2 ? std::stoll(argv[2]) : 20); });
+  return measure::main_of("kernels", [&] {
+    return run(argc > 1 ? std::stoll(argv[1]) : 16384, argc > 2 ? std::stoll(argv[2]) : 20);
+  });
 }
