@@ -17,6 +17,7 @@
 #include "hymoe/config/config.h"
 #include "hymoe/config/version.h"
 #include "hymoe/io/file.h"
+#include "hymoe/model/outline.h"
 #include "hymoe/model/pretrained.h"
 
 namespace hymoe {
@@ -231,6 +232,20 @@ void check_names(const SafetensorsFolder& model, const GrownConfig& grown) {
   }
 }
 
+// A router or experts of the user's own may have tensors that growth does not know as theirs.
+void check_model(const ModelConfig& config, const std::vector<NewTensor>& tensors) {
+  std::map<std::string, std::vector<int64_t>> made;
+  for (const NewTensor& tensor : tensors) made[tensor.spec.name] = tensor.spec.shape;
+  const Transformer model = outline(config);
+  for (const auto& list : {model->named_parameters(), model->named_buffers()}) {
+    for (const auto& item : list) {
+      if (const auto it = made.find(item.key()); it == made.end() || it->second != item.value().sizes())
+        throw ConfigError("experts",
+                          "cannot grow " + item.key() + ", which is not of our routers and experts");
+    }
+  }
+}
+
 // Elements of a tensor that is a parameter and no buffer of our routers.
 int64_t parameters(const std::string& name, at::ScalarType dtype, const std::vector<int64_t>& shape) {
   const bool buffer = name.ends_with(".router.bias") || name.ends_with(".router.cutoff");
@@ -318,8 +333,9 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
     receipt.params_before += parameters(name, model.info(name).dtype, model.info(name).shape);
   for (const auto& [spec, make] : tensors)
     receipt.params_after += parameters(spec.name, spec.dtype, spec.shape);
-  write_tensors(folder, "model", tensors, read, progress);
   write_file_atomic(folder / "config.json", grown.json.dump(2) + "\n");
+  if (grown.json["model_type"] == "hymoe") check_model(read_model_config(folder), tensors);
+  write_tensors(folder, "model", tensors, read, progress);
   if (!grown.yaml.empty()) write_file_atomic(folder / "config.yaml", grown.yaml);
   copy_tokenizer_files(source, folder);
   if (optimizer) {
