@@ -160,7 +160,7 @@ TEST_F(Grow, CopiesLayersOfADenseModel) {
   EXPECT_TRUE(fs::exists(grown() / "tokenizer.json"));
 }
 
-TEST_F(Grow, ZeroedOutputsKeepTheFunction) {
+TEST_F(Grow, ZeroedOutputsKeepTheFunction) {  // law 9
   tiny::write_dense_checkpoint(dense());
   tiny::write_hybrid_checkpoint(hybrid());
   for (const fs::path& source : {dense(), hybrid()}) {
@@ -178,7 +178,7 @@ TEST_F(Grow, ZeroedOutputsKeepTheFunction) {
   EXPECT_EQ(down.count_nonzero().item<int64_t>(), 0);
 }
 
-TEST_F(Grow, TwiceTheExpertsAndTopKKeepTheFunction) {
+TEST_F(Grow, TwiceTheExpertsAndTopKKeepTheFunction) {  // law 9
   struct Case {
     const char *scoring, *order;
     bool normalize;
