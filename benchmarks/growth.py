@@ -58,7 +58,7 @@ def variants(args, hidden, layers):
 def train(args, init, name, steps):
     config = os.path.join(args.work, "train.yaml")
     with open(config, "w") as file:
-        file.write(f"init: {init}\nruns: {args.work}/runs\ndata: {{path: {args.tokens}, seq_len: 512, batch_size: 2}}\n"
+        file.write(f"init: {init}\nruns: {args.work}/runs\ndata: {{path: {args.tokens}, seq_len: {args.seq}, batch_size: 2}}\n"
                    f"schedule: {{lr: 3.0e-4, warmup_steps: {max(1, steps // 5)}, min_ratio: 0.1}}\n"
                    "eval: {tokens: 0}\ncheckpoint: {interval: 0}\ndiagnose_interval: 0\n")
     out = run([args.hymoe, "train", config, f"name={name}", f"steps={steps}", "--json"])
@@ -191,6 +191,7 @@ def main():
     training.add_argument("tokens")
     training.add_argument("--steps", type=int, default=50)
     training.add_argument("--every", type=int, default=6, help="every n-th layer becomes a MoE layer")
+    training.add_argument("--seq", type=int, default=512, help="of two rows a step")
     training.add_argument("--sample-tokens", type=int, default=4096)
     training.add_argument("--only", nargs="*", help="rows to make")
     stream = kinds.add_parser("stream")

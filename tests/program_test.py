@@ -148,6 +148,41 @@ class Program(Workspace):
         self.assertEqual(json.load(open("runs/on/step-00000006/config.json"))["model"]["num_layers"], 4)
         self.assertEqual(self.error("grow", "deep", "none", "experts=0"), "hymoe: command line: experts: wanted at least 1, got 0")
 
+    def test_growth_keeps_what_hugging_faces_models_compute(self):
+        try:
+            import torch
+            import transformers as hf
+        except ImportError:
+            self.skipTest("torch and transformers are not there: run this with the Python of LibTorch's environment")
+        hf.utils.logging.disable_progress_bar()
+        shape = dict(vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, num_experts_per_tok=2,
+                     tie_word_embeddings=False, pad_token_id=None)
+        # Qwen's routers of four experts, in every second layer and in all.
+        models = {"mixtral": hf.MixtralConfig(**shape, intermediate_size=24, num_local_experts=4),
+                  "qwen2_moe": hf.Qwen2MoeConfig(**shape, intermediate_size=24, moe_intermediate_size=12, shared_expert_intermediate_size=12,
+                                                 num_experts=4, decoder_sparse_step=2, norm_topk_prob=False),
+                  "qwen3_moe": hf.Qwen3MoeConfig(**shape, head_dim=8, intermediate_size=24, moe_intermediate_size=12, num_experts=4),
+                  "olmoe": hf.OlmoeConfig(**shape, intermediate_size=24, num_experts=4),
+                  "llama": hf.LlamaConfig(**shape, intermediate_size=24)}
+        ids = torch.arange(40)[None] * 7 % 64
+        for name, config in models.items():
+            torch.manual_seed(0)
+            model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() > 1:
+                        parameter.mul_(5)
+                model.save_pretrained(name, max_shard_size="20KB")
+                before = model(ids).logits
+                for growth in (["num_layers=8", "zero_outputs=true"], ["num_layers=6", "depth=identity"], ["num_layers=8", "depth=stack", "zero_outputs=true"],
+                               ["experts=2", "noise=0"], ["num_layers=8", "zero_outputs=true", "experts=3", "noise=0", "order=interleave"]):
+                    if name == "llama" and any("experts" in setting for setting in growth):
+                        continue
+                    self.ok("grow", name, "grown-" + name, *growth)
+                    after, info = hf.AutoModelForCausalLM.from_pretrained("grown-" + name, dtype=torch.float32, output_loading_info=True)
+                    self.assertFalse(info["missing_keys"] or info["unexpected_keys"], info)
+                    self.assertLess((after(ids).logits - before).abs().max().item(), 1e-4, f"{name} {growth}")
+
     def test_score_gives_losses_and_logits(self):
         write("texts.jsonl", '{"text": "fn add_12(value: u64)"}\n{"text": "é"}\n')
         for model in (self.dense, "hybrid"):

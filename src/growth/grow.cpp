@@ -17,6 +17,7 @@
 #include "hymoe/config/config.h"
 #include "hymoe/config/version.h"
 #include "hymoe/io/file.h"
+#include "hymoe/model/outline.h"
 #include "hymoe/model/pretrained.h"
 
 namespace hymoe {
@@ -36,18 +37,18 @@ class Growth {
          const SafetensorsFolder* optimizer)
       : config_(config), grown_(grown), model_(model), optimizer_(optimizer) {}
 
-  /// Of the files `from`, whose names begin with one of `kinds` ("" for the model's own).
-  std::vector<NewTensor> tensors(const SafetensorsFolder& from, const std::vector<std::string>& kinds) const {
+  /// Of the files `from`: the model's, or the optimizer's, where what a tensor is stands before the name of
+  /// its parameter.
+  std::vector<NewTensor> tensors(const SafetensorsFolder& from) const {
     std::map<int64_t, std::vector<Source>> by_layer;
     for (const std::string& name : from.names()) {
-      for (const std::string& kind : kinds) {
-        if (!name.starts_with(kind)) continue;
-        const std::string parameter = name.substr(kind.size());
-        const TensorName parsed = parse_name(parameter);
-        by_layer[parsed.layer].push_back(
-            {kind, parameter, parsed, from.info(name), [&from, name] { return from.tensor(name); }});
-        break;
-      }
+      const size_t begin = std::min(name.find("model."), name.find("lm_head."));
+      if (begin == std::string::npos)
+        throw DataError(from.file_with(name).path().string() + ": " + name, "is of no parameter");
+      const std::string parameter = name.substr(begin);
+      const TensorName parsed = parse_name(parameter);
+      by_layer[parsed.layer].push_back({name.substr(0, begin), parameter, parsed, from.info(name),
+                                        [&from, name] { return from.tensor(name); }});
     }
     std::vector<NewTensor> all;
     for (const Source& source : by_layer[-1]) all.push_back(plain(source, source.kind + source.parameter));
@@ -60,13 +61,13 @@ class Growth {
 
  private:
   struct Source {
-    std::string kind;       // "", "exp_avg.", "exp_avg_sq." or "master."
+    std::string kind;       // "" of the model; of the optimizer "master.", "exp_avg." and so on
     std::string parameter;  // name of the parameter
     TensorName name;
     TensorInfo info;
     std::function<Tensor()> tensor;
 
-    bool is_moment() const { return kind.starts_with("exp_avg"); }
+    bool is_moment() const { return !kind.empty() && kind != "master."; }
   };
 
   static NewTensor plain(const Source& source, const std::string& name) {
@@ -186,7 +187,9 @@ class Growth {
     if (source.name.kind == Kind::kCutoff) {
       return [shape](const Put& put) { put(at::full(shape, std::numeric_limits<double>::infinity())); };
     }
-    if (source.is_moment() || !source.parameter.ends_with("weight")) return {};
+    const bool drawn =
+        source.parameter.ends_with("router.weight") || source.parameter.ends_with("gate.weight");
+    if (source.is_moment() || !drawn) return {};
     return [this, shape, name](const Put& put) {
       put(at::empty(shape).normal_(0, kRouterStd, generator_for(config_.seed, name)));
     };
@@ -226,6 +229,20 @@ void check_names(const SafetensorsFolder& model, const GrownConfig& grown) {
       any = true;
     }
     if (!any) check("experts", pool.experts, 0);
+  }
+}
+
+// A router or experts of the user's own may have tensors that growth does not know as theirs.
+void check_model(const ModelConfig& config, const std::vector<NewTensor>& tensors) {
+  std::map<std::string, std::vector<int64_t>> made;
+  for (const NewTensor& tensor : tensors) made[tensor.spec.name] = tensor.spec.shape;
+  const Transformer model = outline(config);
+  for (const auto& list : {model->named_parameters(), model->named_buffers()}) {
+    for (const auto& item : list) {
+      if (const auto it = made.find(item.key()); it == made.end() || it->second != item.value().sizes())
+        throw ConfigError("experts",
+                          "cannot grow " + item.key() + ", which is not of our routers and experts");
+    }
   }
 }
 
@@ -311,18 +328,18 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
   if (optimizer) read.push_back(&*optimizer);
   AtomicDirectory directory(target);
   const fs::path& folder = directory.folder();
-  const std::vector<NewTensor> tensors = growth.tensors(model, {""});
+  const std::vector<NewTensor> tensors = growth.tensors(model);
   for (const std::string& name : model.names())
     receipt.params_before += parameters(name, model.info(name).dtype, model.info(name).shape);
   for (const auto& [spec, make] : tensors)
     receipt.params_after += parameters(spec.name, spec.dtype, spec.shape);
-  write_tensors(folder, "model", tensors, read, progress);
   write_file_atomic(folder / "config.json", grown.json.dump(2) + "\n");
+  if (grown.json["model_type"] == "hymoe") check_model(read_model_config(folder), tensors);
+  write_tensors(folder, "model", tensors, read, progress);
   if (!grown.yaml.empty()) write_file_atomic(folder / "config.yaml", grown.yaml);
   copy_tokenizer_files(source, folder);
   if (optimizer) {
-    write_tensors(folder, "optimizer", growth.tensors(*optimizer, {"exp_avg.", "exp_avg_sq.", "master."}),
-                  read, progress);
+    write_tensors(folder, "optimizer", growth.tensors(*optimizer), read, progress);
     write_state(source, folder);
   }
   if (sample) receipt.comparison = compare(before, outputs(folder, "measure target"), *sample);

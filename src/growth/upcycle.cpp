@@ -147,17 +147,12 @@ class Upcycling {
           fresh[mlp + item.key()] = item.value().detach();
       }
     }
-    for (const BranchConfig& branch : small.branches) {
+    for (const BranchConfig& branch : hybrid_.moe.branches) {
       const std::string name = mlp + branch.name + ".router.weight";
       if (const auto it = fresh.find(name); it != fresh.end())
-        it->second = router_weights(config_, original(branch.name), dense_.hidden, it->second,
-                                    generator_for(config_.seed, name));
+        it->second =
+            router_weights(config_, branch, dense_.hidden, it->second, generator_for(config_.seed, name));
     }
-  }
-
-  const BranchConfig& original(const std::string& name) const {
-    return *std::find_if(hybrid_.moe.branches.begin(), hybrid_.moe.branches.end(),
-                         [&](const BranchConfig& branch) { return branch.name == name; });
   }
 
   void add_experts(const std::string& mlp,

@@ -160,7 +160,7 @@ TEST_F(Grow, CopiesLayersOfADenseModel) {
   EXPECT_TRUE(fs::exists(grown() / "tokenizer.json"));
 }
 
-TEST_F(Grow, ZeroedOutputsKeepTheFunction) {
+TEST_F(Grow, ZeroedOutputsKeepTheFunction) {  // law 9
   tiny::write_dense_checkpoint(dense());
   tiny::write_hybrid_checkpoint(hybrid());
   for (const fs::path& source : {dense(), hybrid()}) {
@@ -178,7 +178,7 @@ TEST_F(Grow, ZeroedOutputsKeepTheFunction) {
   EXPECT_EQ(down.count_nonzero().item<int64_t>(), 0);
 }
 
-TEST_F(Grow, TwiceTheExpertsAndTopKKeepTheFunction) {
+TEST_F(Grow, TwiceTheExpertsAndTopKKeepTheFunction) {  // law 9
   struct Case {
     const char *scoring, *order;
     bool normalize;
@@ -513,6 +513,30 @@ TEST_F(Grow, CopiesMomentsAndMasterWeights) {
   grow(hybrid(), grown(), config);
   EXPECT_FALSE(fs::exists(grown() / "optimizer.safetensors"));
   EXPECT_FALSE(fs::exists(grown() / "state.json"));
+}
+
+// A router with a parameter of its own a row an expert, of a name that growth does not know.
+struct OwnRouter : Router {
+  explicit OwnRouter(const RouterArgs& args) {
+    weight = register_parameter("own", at::zeros({args.num_experts, args.dim}));
+  }
+  Routing forward(const Tensor& x, const Packing&) override {
+    return {.expert_ids = at::zeros({x.size(0), 1}, at::kLong), .weights = at::ones({x.size(0), 1})};
+  }
+  Tensor weight;
+};
+
+TEST_F(Grow, RefusesRoutersThatItDoesNotKnow) {
+  routers().add("own", [](const RouterArgs& args) { return std::make_shared<OwnRouter>(args); });
+  tiny::write_hybrid_checkpoint(hybrid(), [](ModelConfig& model) {
+    model.moe.branches[0].router = {};
+    model.moe.branches[0].router.kind = "own";
+  });
+  EXPECT_EQ(
+      error_of([&] { grow(hybrid(), grown(), {.experts = 2}); }),
+      "experts: cannot grow model.layers.1.mlp.token.router.own, which is not of our routers and experts");
+  grow(hybrid(), grown(), {.num_layers = 4, .experts = 2, .branches = {"segment"}});
+  EXPECT_EQ(load_pretrained(grown())->config().moe.branches[1].num_experts, 6);
 }
 
 TEST_F(Grow, SaysWhatTheModelHasNot) {

@@ -108,7 +108,7 @@ struct GrowReceipt {
 /// Makes the model in `source` deeper, wider in experts, or both, as `target`, tensor by tensor. `source` is
 /// a folder of ours, dense or hybrid, or one of Hugging Face: llama, mistral, qwen2, qwen3, mixtral,
 /// qwen2_moe, qwen3_moe, olmoe, experts stacked or one by one. `target` appears complete or not at all, with
-/// receipt.json; it is a function of source and config alone. Throws ConfigError, DataError.
+/// receipt.json. Throws ConfigError, DataError.
 GrowReceipt grow(const std::filesystem::path& source, const std::filesystem::path& target,
                  const GrowConfig& config, const GrowthProgress& progress = {});
 
