@@ -34,8 +34,8 @@ def find_nvcc():
 
 def kernel_of(function):
     """Name of a kernel, without `_kernel`, from that of its function."""
-    lengths = re.finditer(r"(?<=[A-Za-z_\d])(\d+)([a-z_]+_kernel)", function)
-    return next(m.group(2) for m in lengths if int(m.group(1)) == len(m.group(2))).removesuffix("_kernel")
+    names = re.finditer(r"(\d+)([a-z_]+_kernel)", function)  # a name follows its length, and that maybe other digits
+    return next(m.group(2) for m in names if m.group(1).endswith(str(len(m.group(2))))).removesuffix("_kernel")
 
 
 def compile_file(nvcc, source, folder):
