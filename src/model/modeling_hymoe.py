@@ -207,12 +207,9 @@ class TopkRouter(Router):
         taken = ids = best(choice, c.top_k)
         if c.shared == "inside":
             taken = torch.cat([ids, torch.full_like(ids[:, :1], self.num_experts)], 1)
-        if c.scoring == "softmax_topk":
-            weights = logits.gather(1, taken).softmax(1)
-        else:
-            weights = scores.gather(1, taken)
-            if self.normalize:
-                weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-20)
+        weights = scores.gather(1, taken)
+        if self.normalize:  # scoring softmax_topk, a softmax over the chosen logits, is a softmax normalised over them
+            weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-20)
         weights = torch.zeros_like(scores).scatter(1, taken, weights * c.scale)
         return weights[:, : self.num_experts], weights[:, self.num_experts] if c.shared == "inside" else None
 

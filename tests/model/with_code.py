@@ -1,7 +1,7 @@
 """transformers with the modeling file that hymoe export --with-code writes.
 
-with_code.py DIR NAME...   transformers reads DIR/NAME and gives the logits and the greedy generation of
-                           DIR/NAME.expected.safetensors; where that has no generation, it refuses to generate
+with_code.py DIR NAME...   transformers reads DIR/NAME and gives the logits, alone and in a batch, and the greedy
+                           generation of DIR/NAME.expected.safetensors; where that has none, it refuses to generate
 """
 
 import os
@@ -30,26 +30,22 @@ def difference(a, b):
 
 
 def batched(model, ids):
-    """Logits of ids in a batch with a shorter text, whose padding is on the left, and how far the shorter one's are from
-    those that it has alone."""
-    short = ids[:, :-PADDING]
-    padded = torch.cat([ids, torch.cat([ids[:, :PADDING], short], 1)])
+    """Logits of ids and of its beginning, in one batch with the padding on the left."""
+    padded = torch.cat([ids, torch.cat([ids[:, :PADDING], ids[:, :-PADDING]], 1)])
     mask = torch.ones_like(padded)
     mask[1, :PADDING] = 0
-    logits = model(padded, attention_mask=mask).logits
-    return logits[0], difference(logits[1, PADDING:], model(short).logits[0])
+    return model(padded, attention_mask=mask).logits[mask.bool()]
 
 
 @torch.no_grad()
 def check(folder, name):
     expected = load_file(folder / f"{name}.expected.safetensors")
-    ids, logits = expected["ids"][None], expected["logits"]
+    ids = expected["ids"][None]
     model = load(folder / name, torch.float32)
-    worst = difference(model(ids).logits[0], logits)
+    worst = difference(model(ids).logits[0], expected["logits"])
+    worst = max(worst, difference(batched(model, ids), expected["batch"]))
     greedy = dict(max_new_tokens=len(expected.get("generated", [1])), do_sample=False)
     if "generated" in expected:
-        in_batch, alone = batched(model, ids)
-        worst = max(worst, difference(in_batch, logits), alone)
         same = model.generate(ids[:, :PROMPT], **greedy)[0, PROMPT:].equal(expected["generated"])
     else:
         try:

@@ -19,7 +19,7 @@
 namespace hymoe {
 namespace {
 
-constexpr int64_t kRows = 29, kPrompt = 8, kGenerated = 64;
+constexpr int64_t kRows = 29, kFewerRows = 24, kPrompt = 8, kGenerated = 64;
 
 using Models = std::map<std::string, ModelConfig>;
 
@@ -119,6 +119,12 @@ Tensor logits_of(Transformer& model, const Tensor& ids) {
   return model->logits(model->hidden(ids, Packing::of(1, ids.size(0))).hidden);
 }
 
+// Of a text and its beginning, in one call.
+Tensor logits_of_batch(Transformer& model, const Tensor& ids) {
+  const Packing packing{.offsets = at::tensor({int64_t{0}, kRows, kRows + kFewerRows})};
+  return model->logits(model->hidden(at::cat({ids, ids.narrow(0, 0, kFewerRows)}), packing).hidden);
+}
+
 TEST(WithCode, TransformersComputesWhatWeDo) {
   if (!has_transformers()) GTEST_SKIP() << "no transformers in " HYMOE_TEST_PYTHON;
   Models models;
@@ -132,7 +138,7 @@ TEST(WithCode, TransformersComputesWhatWeDo) {
     Transformer model = random_model(config);
     export_with_code(model, folder / name);
     const Tensor ids = at::randint(config.vocab_size, {kRows}, at::kLong), logits = logits_of(model, ids);
-    NamedTensors expected{{"ids", ids}, {"logits", logits}};
+    NamedTensors expected{{"ids", ids}, {"logits", logits}, {"batch", logits_of_batch(model, ids)}};
     if (!model->noncausal())
       expected.emplace_back("generated", generate(model, ids.narrow(0, 0, kPrompt), kGenerated));
     write_safetensors(folder / (name + ".expected.safetensors"), expected);
