@@ -10,7 +10,8 @@ Texts are flattened: the rows [T, D] of all documents lie one after another, a r
 padding (attention_mask 0) taken out. Attention and routing never cross from one document to the next, but for expert
 choice, which looks at the whole call.
 
-There is NO CACHE: generate() computes the whole text again at every step. It refuses routers that look ahead.
+There is NO CACHE: generate() computes the whole text again at every step. It refuses routers that look ahead, which
+would then decide again what they had decided.
 """
 
 import json
@@ -513,5 +514,5 @@ class HymoeForCausalLM(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     @classmethod
-    def _supports_default_dynamic_cache(cls):
+    def _supports_default_dynamic_cache(cls):  # generate() makes no cache, whatever its config says
         return False

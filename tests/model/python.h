@@ -8,10 +8,6 @@
 
 #include "hymoe/model/transformer.h"
 
-#ifndef HYMOE_TEST_PYTHON
-#define HYMOE_TEST_PYTHON "python3"
-#endif
-
 // Tests that compare with transformers.
 namespace hymoe {
 
