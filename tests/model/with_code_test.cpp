@@ -24,7 +24,7 @@ constexpr int64_t kRows = 29, kFewerRows = 24, kPrompt = 8, kGenerated = 64;
 using Models = std::map<std::string, ModelConfig>;
 
 ModelConfig base() {
-  ModelConfig config = parts::dense_config("llama", true);
+  ModelConfig config = parts::dense_config("llama", false);
   config.max_seq_len = kPrompt + kGenerated;
   config.rope_theta = 100;
   return config;
