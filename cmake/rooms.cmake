@@ -120,6 +120,15 @@ target_include_directories(hymoe_comm SYSTEM PRIVATE ${engine_headers})
 hymoe_room(data BELOW io)
 hymoe_room(moe BELOW ops comm io)
 hymoe_room(model BELOW moe data)
+# The Python that `hymoe export --with-code` writes lies in the library as text.
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/src/model/modeling_hymoe.py")
+file(READ src/model/modeling_hymoe.py modeling)
+file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/modeling_hymoe.cpp" @ONLY CONTENT [[
+#include "model/with_code.h"
+
+const std::string_view hymoe::kModelingCode = R"python(@modeling@)python";
+]])
+target_sources(hymoe_model PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/modeling_hymoe.cpp")
 hymoe_room(eval BELOW model)
 hymoe_room(growth BELOW model)
 hymoe_room(train BELOW model)

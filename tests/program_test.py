@@ -230,9 +230,17 @@ class Program(Workspace):
         self.assertEqual(open("exported/tokenizer.json").read(), open("tokenizer/tokenizer.json").read())
         prompt = ["--prompt", "fn add", "--max-new-tokens", "40", "--ignore-eos", "--json"]
         self.assertEqual(self.ok("generate", "exported", *prompt), self.ok("generate", self.experts("qwen3_moe"), *prompt))
-        self.assertIn("moe", self.error("export", "hybrid", "refused"))
+        self.assertIn("--with-code", self.error("export", "hybrid", "refused"))
         self.assertIn("qk_norm", self.error("export", self.experts("mixtral"), "refused"))
         self.assertFalse(os.path.exists("refused"))
+
+    def test_export_with_code_writes_what_transformers_and_hymoe_read(self):
+        self.ok("export", "hybrid", "coded", "--with-code")
+        config = json.load(open("coded/config.json"))
+        self.assertEqual((config["model_type"], config["auto_map"]["AutoConfig"]), ("hymoe", "modeling_hymoe.HymoeConfig"))
+        compile(open("coded/modeling_hymoe.py").read(), "modeling_hymoe.py", "exec")
+        prompt = ["--prompt", "fn add", "--max-new-tokens", "40", "--ignore-eos", "--json"]
+        self.assertEqual(self.ok("generate", "coded", *prompt), self.ok("generate", "hybrid", *prompt))
 
     def experts(self, family):
         """A checkpoint of a few steps of a model that only a family with q and k norms has."""

@@ -9,6 +9,7 @@
 #include "hymoe/config/error.h"
 #include "hymoe/model/pretrained.h"
 #include "model/family.h"
+#include "model/with_code.h"
 
 namespace hymoe {
 namespace {
@@ -84,12 +85,16 @@ at::ScalarType read_dtype(const std::filesystem::path& dir) {
   file.fail(key, "expected one of float32, float16, bfloat16, got \"" + wanted + "\"");
 }
 
-nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype, bool noncausal) {
-  if (const auto json = same_layout(config)) return with_dtype(*json, dtype);
+nlohmann::ordered_json our_config_json(const ModelConfig& config, at::ScalarType dtype, bool noncausal) {
   nlohmann::ordered_json out{{"architectures", {"HymoeForCausalLM"}}, {"model_type", "hymoe"}};
   if (noncausal) out["noncausal"] = true;
   out["model"] = to_json(config);
   return with_dtype(out, dtype);
+}
+
+nlohmann::ordered_json model_config_json(const ModelConfig& config, at::ScalarType dtype, bool noncausal) {
+  const auto json = same_layout(config);
+  return json ? with_dtype(*json, dtype) : our_config_json(config, dtype, noncausal);
 }
 
 nlohmann::ordered_json export_config_json(const ModelConfig& config, at::ScalarType dtype) {

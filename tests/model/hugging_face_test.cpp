@@ -1,4 +1,3 @@
-#include <cstdlib>
 #include <filesystem>
 #include <optional>
 #include <regex>
@@ -7,29 +6,18 @@
 #include <vector>
 
 #include <ATen/ops/full.h>
-#include <ATen/ops/tensor.h>
 #include <gtest/gtest.h>
 
 #include "hymoe/io/safetensors.h"
 #include "hymoe/model/pretrained.h"
 #include "hymoe/model/transformer.h"
+#include "model/python.h"
 #include "temporary_folder.h"
-
-#ifndef HYMOE_TEST_PYTHON
-#define HYMOE_TEST_PYTHON "python3"
-#endif
 
 namespace hymoe {
 namespace {
 
 namespace fs = std::filesystem;
-
-bool run_python(const std::string& arguments) {
-  std::string command = HYMOE_TEST_PYTHON " ";
-  command += arguments;
-  command += " 2>/dev/null";
-  return std::system(command.c_str()) == 0;
-}
 
 bool run_script(const std::string& arguments) {
   return run_python(HYMOE_SOURCE_DIR "/tests/model/hugging_face.py " + arguments);
@@ -39,10 +27,7 @@ bool run_script(const std::string& arguments) {
 class HuggingFace : public testing::Test {
  protected:
   static void SetUpTestSuite() {
-    if (!run_python("-c \"import importlib.util as u, sys; "
-                    "sys.exit(not all(map(u.find_spec, ('torch', 'transformers', 'safetensors'))))\"")) {
-      return;
-    }
+    if (!has_transformers()) return;
     folder_.emplace();
     ASSERT_TRUE(run_script("make " + folder_->path().string()));
   }
@@ -81,19 +66,6 @@ const char* const kModels[] = {"llama",
                                "gpt_neox_sequential"};
 
 double largest_difference(const Tensor& a, const Tensor& b) { return (a - b).abs().max().item<double>(); }
-
-// Token by token, through the cache.
-Tensor generate(Transformer& model, const Tensor& prompt, int64_t count) {
-  KVCache cache(model->config(), 1);
-  std::vector<int64_t> ids;
-  Tensor next = prompt;
-  while (static_cast<int64_t>(ids.size()) < count) {
-    const ModelOutput out = model->hidden(next, Packing::of(1, next.size(0)), &cache);
-    ids.push_back(model->logits(out.hidden.narrow(0, next.size(0) - 1, 1)).argmax().item<int64_t>());
-    next = at::tensor({ids.back()});
-  }
-  return at::tensor(ids);
-}
 
 // The name of a parameter of ours in transformers' modules, which hold experts as we do.
 std::string theirs(const std::string& name, const std::string& family) {

@@ -60,6 +60,12 @@ void save_pretrained(const Transformer& model, const std::filesystem::path& dir,
 void export_pretrained(const Transformer& model, const std::filesystem::path& dir,
                        const std::filesystem::path& tokenizer_dir = {});
 
+/// Writes a whole model of any config with our names of tensors, and modeling_hymoe.py beside them, with
+/// which transformers loads it (trust_remote_code); we read the folder too, which appears only when complete.
+/// Throws ConfigError naming what the Python has not: routers and experts of a user's.
+void export_with_code(const Transformer& model, const std::filesystem::path& dir,
+                      const std::filesystem::path& tokenizer_dir = {});
+
 /// Copies tokenizer.json, tokenizer_config.json, special_tokens_map.json, vocab.json, merges.txt,
 /// generation_config.json and chat_template.jinja, those that are there.
 void copy_tokenizer_files(const std::filesystem::path& from, const std::filesystem::path& to);
