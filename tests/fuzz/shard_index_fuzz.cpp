@@ -19,8 +19,9 @@ bool read(std::string_view bytes) {
   folder.write("model.safetensors.index.json", bytes);
   return taken([] {
     const SafetensorsFolder files(folder.path());
-    if (files.names().size() != 3) broken("an index of three tensors gave others");
-    for (const std::string& name : files.names()) files.info(name);
+    for (const std::string& name : files.names()) {
+      if (files.tensor(name).numel() != files.info(name).shape.at(0)) broken("a tensor has another shape");
+    }
   });
 }
 
