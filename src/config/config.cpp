@@ -50,14 +50,16 @@ Node dump(const Type& type, const void* value) {
       const bool list = type.kind == Type::Kind::kList;
       Node node{.kind = list ? Node::Kind::kList : Node::Kind::kMap};
       type.visit(value, [&](const std::string& key, const void* element) {
-        node.entries.push_back({list ? "" : key, dump(*type.element, element)});
+        node.entries.push_back(dump(*type.element, element));
+        if (!list) node.entries.back().key = key;
       });
       return node;
     }
     case Type::Kind::kStruct: {
       Node node{.kind = Node::Kind::kMap};
       for (const FieldInfo& field : type.fields) {
-        node.entries.push_back({field.name, dump(field.type(), field.member(const_cast<void*>(value)))});
+        node.entries.push_back(dump(field.type(), field.member(const_cast<void*>(value))));
+        node.entries.back().key = field.name;
       }
       return node;
     }

@@ -183,7 +183,9 @@ void check_value(const Type& type, const void* value, const Limits& limits, cons
   try {
     type.check(value);
   } catch (const ConfigError& e) {
-    throw ConfigError(path + (path.empty() || e.key_path().empty() ? "" : ".") + e.key_path(), e.text());
+    std::string text = e.text();  // may quote a value
+    for (char& c : text) c = static_cast<unsigned char>(c) < ' ' ? ' ' : c;
+    throw ConfigError(path + (path.empty() || e.key_path().empty() ? "" : ".") + e.key_path(), text);
   }
 }
 
@@ -235,20 +237,20 @@ void Loader::bind(const Type& type, void* value, const Node& node, const std::st
 }
 
 void Loader::bind_struct(const Type& type, void* value, const Node& node, const std::string& path) {
-  for (const auto& [key, child] : node.entries) {
-    const FieldInfo& field = find_field(type, key, path, where(source_, child.line));
-    bind(field.type(), field.member(value), child, join_path(path, key));
+  for (const Node& child : node.entries) {
+    const FieldInfo& field = find_field(type, child.key, path, where(source_, child.line));
+    bind(field.type(), field.member(value), child, join_path(path, child.key));
   }
 }
 
 void Loader::bind_elements(const Type& type, void* value, const Node& node, const std::string& path) {
   type.clear(value);
-  std::erase_if(origins_, [&](const auto& entry) { return entry.first.starts_with(path + "."); });
+  origins_.erase(origins_.lower_bound(path + "."), origins_.lower_bound(path + "/"));  // '/' follows '.'
   for (size_t i = 0; i < node.entries.size(); ++i) {
     const bool list = type.kind == Type::Kind::kList;
     const std::string key = list ? std::to_string(i) : node.entries[i].key;
     type.edit(value, key, [&](void* element) {
-      bind(*type.element, element, node.entries[i].value, join_path(path, key), !list);
+      bind(*type.element, element, node.entries[i], join_path(path, key), !list);
     });
   }
 }

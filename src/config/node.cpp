@@ -20,6 +20,9 @@ namespace {
 constexpr int kMaxDepth = 100;        // an alias may hold itself
 constexpr size_t kMaxNodes = 100000;  // aliases of aliases grow without bound
 
+// What a node without its entries counts: aliases of long texts grow too.
+size_t weight(const Node& node) { return 1 + node.text.size() / 1024; }
+
 // Builds a Node from what the parser meets.
 class YamlReader : public YAML::EventHandler {
  public:
@@ -52,8 +55,8 @@ class YamlReader : public YAML::EventHandler {
   void OnAlias(const YAML::Mark& mark, YAML::anchor_t anchor) override {
     const auto found = anchors_.find(anchor);
     if (found == anchors_.end()) fail(mark, "an alias within what it stands for");
-    nodes_ += found->second.second - 1;
     Node node = found->second.first;
+    nodes_ += found->second.second - weight(node);
     node.line = mark.line + 1;
     add(std::move(node), mark, 0);
   }
@@ -89,18 +92,20 @@ class YamlReader : public YAML::EventHandler {
   }
 
   void add(Node node, const YAML::Mark& mark, YAML::anchor_t anchor) {
-    if (++nodes_ > kMaxNodes) fail(mark, "more than " + std::to_string(kMaxNodes) + " values");
-    if (anchor != 0) anchors_[anchor] = {node, 1};
+    nodes_ += weight(node);
+    if (nodes_ > kMaxNodes) fail(mark, "more than " + std::to_string(kMaxNodes) + " values");
+    if (anchor != 0) anchors_[anchor] = {node, weight(node)};
     if (open_.empty()) {
       root_ = std::move(node);
     } else if (Open& outer = open_.back(); outer.node.kind == Node::Kind::kList) {
-      outer.node.entries.push_back({"", std::move(node)});
+      outer.node.entries.push_back(std::move(node));
     } else if (!outer.key) {
       check_key(outer, node, mark);
       outer.key = std::move(node);
     } else {
       node.line = outer.key->line;
-      outer.node.entries.push_back({outer.key->text, std::move(node)});
+      node.key = std::move(outer.key->text);
+      outer.node.entries.push_back(std::move(node));
       outer.key.reset();
     }
   }
@@ -182,14 +187,13 @@ bool is_container(const Node& node) {
 
 bool fits_one_line(const Node& node) {
   if (node.kind == Node::Kind::kMap) return node.entries.empty();
-  return std::none_of(node.entries.begin(), node.entries.end(),
-                      [](const auto& e) { return is_container(e.value); });
+  return std::none_of(node.entries.begin(), node.entries.end(), is_container);
 }
 
 void write_block(const Node& node, const std::string& indent, std::string& out) {
-  for (const auto& [key, value] : node.entries) {
+  for (const Node& value : node.entries) {
     const bool in_map = node.kind == Node::Kind::kMap;
-    out += indent + (in_map ? yaml_text(key) + ":" : "-");
+    out += indent + (in_map ? yaml_text(value.key) + ":" : "-");
     if (fits_one_line(value)) {
       out += ' ';
       out += write_yaml_flow(value);
@@ -248,7 +252,8 @@ Node node_from_json(const nlohmann::json& json) {
   if (!json.is_structured()) return {.kind = Node::Kind::kPlain, .text = json.dump()};
   Node node{.kind = json.is_array() ? Node::Kind::kList : Node::Kind::kMap};
   for (const auto& [key, value] : json.items()) {
-    node.entries.push_back({json.is_array() ? "" : key, node_from_json(value)});
+    node.entries.push_back(node_from_json(value));
+    if (json.is_object()) node.entries.back().key = key;
   }
   return node;
 }
@@ -266,9 +271,9 @@ std::string write_yaml_flow(const Node& node) {
   if (node.kind == Node::Kind::kText) return yaml_text(node.text);
   const bool map = node.kind == Node::Kind::kMap;
   std::string out = map ? "{" : "[";
-  for (const auto& [key, value] : node.entries) {
+  for (const Node& value : node.entries) {
     if (out.size() > 1) out += ", ";
-    if (map) out += yaml_text(key) + ": ";
+    if (map) out += yaml_text(value.key) + ": ";
     out += write_yaml_flow(value);
   }
   return out + (map ? "}" : "]");
@@ -284,12 +289,12 @@ nlohmann::json write_json(const Node& node) {
       return node.text;
     case Node::Kind::kList: {
       auto list = nlohmann::json::array();
-      for (const auto& entry : node.entries) list.push_back(write_json(entry.value));
+      for (const Node& value : node.entries) list.push_back(write_json(value));
       return list;
     }
     case Node::Kind::kMap: {
       auto map = nlohmann::json::object();
-      for (const auto& entry : node.entries) map[entry.key] = write_json(entry.value);
+      for (const Node& value : node.entries) map[value.key] = write_json(value);
       return map;
     }
   }

@@ -16,17 +16,12 @@ struct Node {
     kList,
     kMap
   };  // kPlain: a scalar without quotes, of whatever type it reads as
-  struct Entry;
 
   Kind kind = Kind::kNull;
-  std::string text = {};            // of a scalar
-  int line = 0;                     // of the key, or of a list's element; 0 where the source has no lines
-  std::vector<Entry> entries = {};  // of a list or map
-};
-
-struct Node::Entry {
-  std::string key;  // empty in a list
-  Node value;
+  std::string text = {};           // of a scalar
+  int line = 0;                    // of the key, or of a list's element; 0 where the source has no lines
+  std::string key = {};            // in a map
+  std::vector<Node> entries = {};  // of a list or map
 };
 
 // Stands for the file in what is said about overrides.

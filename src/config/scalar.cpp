@@ -47,7 +47,7 @@ bool parse_integer(std::string_view text, int64_t& value) {
   if (e != std::string_view::npos) {
     std::string_view digits = text.substr(e + 1);
     if (digits.starts_with('+')) digits.remove_prefix(1);
-    if (!parse_whole(digits, exponent) || std::abs(exponent) > 400) return false;
+    if (!parse_whole(digits, exponent) || exponent < -400 || exponent > 400) return false;
   }
   std::string digits(text.substr(0, e));
   if (const size_t dot = digits.find('.'); dot != std::string::npos) {

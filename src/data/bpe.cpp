@@ -162,7 +162,8 @@ void Bpe::append_symbols(std::string_view word, std::vector<int32_t>& out) const
     after_unknown = id < 0;
   }
   const size_t count = out.size() - begin;
-  out.resize(begin + (count <= kShort ? merge_short(&out[begin], count) : merge_long(&out[begin], count)));
+  int32_t* symbols = out.data() + begin;
+  out.resize(begin + (count <= kShort ? merge_short(symbols, count) : merge_long(symbols, count)));
 }
 
 // Scans for the lowest rank, the leftmost of equals, until no pair merges. Returns how many symbols are left.

@@ -14,12 +14,20 @@
 
 namespace hymoe {
 
-/// The file as JSON. Throws DataError naming it.
+/// The file as JSON, nested at most 100 deep: what copies or prints a value recurses. Throws DataError naming
+/// it.
 inline nlohmann::json read_json(const std::filesystem::path& file) {
+  constexpr int kMaxDepth = 100;
+  const auto check = [&](int depth, nlohmann::json::parse_event_t, const nlohmann::json&) {
+    if (depth > kMaxDepth) throw DataError(file.string(), "nested more than 100 deep");
+    return true;
+  };
   try {
-    return nlohmann::json::parse(read_text(file));
+    return nlohmann::json::parse(read_text(file), check);
   } catch (const nlohmann::json::parse_error& e) {
     throw DataError(file.string(), "not valid JSON at byte " + std::to_string(e.byte));
+  } catch (const nlohmann::json::out_of_range&) {
+    throw DataError(file.string(), "not valid JSON: a number is too large");
   }
 }
 
@@ -71,6 +79,8 @@ class JsonNode {
   }
   int64_t integer() const {
     if (!value_->is_number_integer()) wanted("an integer");
+    if (value_->is_number_unsigned() && value_->get<uint64_t>() > INT64_MAX)
+      fail("is too large, got " + value_->dump());
     return value_->get<int64_t>();
   }
   /// The member, or `otherwise` when it is not there.

@@ -8,6 +8,7 @@
 
 #include <pcre2.h>
 
+#include "data/json_node.h"
 #include "data/unicode.h"
 
 namespace hymoe {
@@ -225,7 +226,7 @@ bool TextSplitter::find(const Step& step, Piece piece, size_t from, pcre2_real_m
                        nullptr);
     }
     if (rc == PCRE2_ERROR_NOMATCH) return false;
-    if (rc < 0) throw std::runtime_error("split pattern " + step.pattern + ": " + pcre2_message(rc));
+    if (rc < 0) throw DataError("split pattern " + one_line(step.pattern), pcre2_message(rc));
     const size_t* ends = pcre2_get_ovector_pointer(data);
     if (ends[0] == ends[1] && after_match && ends[1] == found.end) {
       do ++from;

@@ -12,7 +12,7 @@
 namespace hymoe {
 namespace {
 
-constexpr int64_t kMaxId = int64_t{1} << 24;
+constexpr int64_t kMaxId = int64_t{1} << 20;  // all ids below the largest take memory
 
 constexpr std::string_view kQwenPattern =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";

@@ -14,6 +14,8 @@ using Behavior = SplitStep::Behavior;
 // Numbers of Unicode 17, which is one version ahead of what the split patterns know.
 constexpr std::string_view kDigitsPattern = R"([\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}])";
 
+constexpr size_t kMostSplits = 100;  // each a call inside the last
+
 [[noreturn]] void unsupported(const JsonNode& piece, const std::string& type) {
   piece.fail("type " + type + " is not supported");
 }
@@ -150,6 +152,9 @@ TokenizerSpec read_tokenizer_json(const std::filesystem::path& file) {
   const JsonNode pre_tokenizer = root.at("pre_tokenizer");
   if (!read_pre_tokenizer(pre_tokenizer, spec))
     pre_tokenizer.fail("only byte-level BPE is supported: wanted ByteLevel last");
+  if (spec.splits.size() > kMostSplits)
+    pre_tokenizer.fail("wanted at most " + std::to_string(kMostSplits) + " steps, got " +
+                       std::to_string(spec.splits.size()));
   const JsonNode decoder = root.at("decoder");
   if (!is_byte_level(decoder)) unsupported(decoder, decoder.at("type").string());
   if (const auto processor = root.find("post_processor")) check_post_processor(*processor);

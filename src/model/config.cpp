@@ -1,6 +1,7 @@
 #include "hymoe/model/config.h"
 
 #include <algorithm>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -79,13 +80,14 @@ void ModelConfig::check() const {
                       "it belongs to an output matrix of its own: expected false, or "
                       "tie_embeddings false");
   }
+  std::set<int64_t> named;
   for (size_t i = 0; i < moe_layers.size(); ++i) {
     const int64_t layer = moe_layers[i];
     const std::string key = "moe_layers." + std::to_string(i);
     if (layer < 0 || layer >= num_layers) {
       throw ConfigError(key, "must be a layer of 0.." + text(num_layers - 1) + ", got " + text(layer));
     }
-    if (std::count(moe_layers.begin(), moe_layers.end(), layer) > 1) {
+    if (!named.insert(layer).second) {
       throw ConfigError(key, "layer " + text(layer) + " is named more than once");
     }
   }

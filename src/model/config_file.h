@@ -10,6 +10,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "data/json_node.h"
 #include "hymoe/config/error.h"
 
 namespace hymoe {
@@ -26,7 +27,7 @@ class ConfigFile {
   const std::filesystem::path& path() const { return path_; }
 
   [[noreturn]] void fail(const std::string& key, const std::string& text) const {
-    throw DataError(path_.string() + ": " + key, text);
+    throw DataError(path_.string() + ": " + one_line(key), one_line(text));
   }
 
   const json* find(const std::string& key) const {
@@ -47,7 +48,8 @@ class ConfigFile {
   template <typename T>
   T as(const std::string& key, const json& value) const {
     if constexpr (std::same_as<T, int64_t>) {
-      if (value.is_number_integer()) return value.get<T>();
+      const bool fits = !value.is_number_unsigned() || value.get<uint64_t>() <= INT64_MAX;
+      if (value.is_number_integer() && fits) return value.get<T>();
       fail(key, "expected an integer, got " + value.dump());
     } else if constexpr (std::same_as<T, double>) {
       if (value.is_number()) return value.get<T>();
@@ -65,6 +67,17 @@ class ConfigFile {
       return list;
     }
   }
+
+  /// An integer from `least` to `most`: what is multiplied, or what there are lists of.
+  int64_t get_size(const std::string& key, std::optional<int64_t> otherwise = {}, int64_t least = 1,
+                   int64_t most = INT32_MAX) const {
+    const auto value = get<int64_t>(key, otherwise);
+    if (value >= least && value <= most) return value;
+    fail(key, "expected " + std::to_string(least) + " to " + std::to_string(most) + ", got " +
+                  std::to_string(value));
+  }
+  /// The number of layers.
+  int64_t get_layers(const std::string& key) const { return get_size(key, {}, 1, 10'000); }
 
   /// What we have only one value of: another one is refused.
   void expect(const std::string& key, const json& only) const {

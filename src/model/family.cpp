@@ -71,7 +71,7 @@ std::string first_difference(const json& a, const json& b) {
 
 ConfigFile ConfigFile::in(const std::filesystem::path& dir) {
   const std::filesystem::path path = dir / "config.json";
-  json values = json::parse(read_text(path), nullptr, /*allow_exceptions=*/false);
+  json values = read_json(path);
   if (!values.is_object()) throw DataError(path.string(), "expected a JSON object");
   return {path, std::move(values)};
 }

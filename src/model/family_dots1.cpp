@@ -15,7 +15,7 @@ ModelConfig read_dots1(const ConfigFile& file) {
   c.o_bias = file.get<bool>("attention_bias", false);
   set_qkv_bias(c, c.o_bias);
   read_windows_by_layer(file, c, /*has_switch=*/false);
-  const auto first = file.get<int64_t>("first_k_dense_replace", 0);
+  const auto first = file.get_size("first_k_dense_replace", 0, 0);
   for (int64_t i = first; i < c.num_layers; ++i) c.moe_layers.push_back(i);
   RouterConfig router{.top_k = file.get<int64_t>("num_experts_per_tok"),
                       .scoring = "sigmoid",
@@ -23,9 +23,9 @@ ModelConfig read_dots1(const ConfigFile& file) {
                       .scale = file.get<double>("routed_scaling_factor", 1.0),
                       .bias_update = 0};
   router.balance_loss = 0;  // the bias balances
-  const auto hidden = file.get<int64_t>("moe_intermediate_size");
+  const auto hidden = file.get_size("moe_intermediate_size");
   c.moe = make_moe(c.dim, file.get<int64_t>("n_routed_experts"), hidden, router,
-                   {.hidden = hidden * file.get<int64_t>("n_shared_experts")});
+                   {.hidden = hidden * file.get_size("n_shared_experts", {}, 0)});
   return c;
 }
 

@@ -43,9 +43,9 @@ ModelConfig read_gpt2(const ConfigFile& file) {
   file.expect("scale_attn_by_inverse_layer_idx", false);
   ModelConfig c{.family = "gpt2"};
   read_common(file, c);
-  c.dim = file.get<int64_t>("n_embd");
-  c.num_layers = file.get<int64_t>("n_layer");
-  c.num_heads = c.num_kv_heads = file.get<int64_t>("n_head");
+  c.dim = file.get_size("n_embd");
+  c.num_layers = file.get_layers("n_layer");
+  c.num_heads = c.num_kv_heads = file.get_size("n_head");
   c.hidden = file.get<int64_t>("n_inner", 4 * c.dim);
   c.max_seq_len = file.get<int64_t>("n_positions", 1024);
   c.positions = "learned";
@@ -104,9 +104,9 @@ std::vector<Piece> gpt2_pieces(const ModelConfig&, const OurTensor& ours, bool) 
 ModelConfig read_gpt_neox(const ConfigFile& file) {
   ModelConfig c{.family = "gpt_neox"};
   read_common(file, c);
-  c.dim = file.get<int64_t>("hidden_size");
-  c.num_layers = file.get<int64_t>("num_hidden_layers");
-  c.num_heads = c.num_kv_heads = file.get<int64_t>("num_attention_heads");
+  c.dim = file.get_size("hidden_size");
+  c.num_layers = file.get_layers("num_hidden_layers");
+  c.num_heads = c.num_kv_heads = file.get_size("num_attention_heads");
   c.hidden = file.get<int64_t>("intermediate_size");
   c.max_seq_len = file.get<int64_t>("max_position_embeddings", 2048);
   read_rope(file, c, file.get<double>("rotary_emb_base", 10000.0), file.get<double>("rotary_pct", 0.25));

@@ -114,7 +114,13 @@ void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta
   config.rope = rope.scaling;
   const double part = rope.part.value_or(default_part);
   // As transformers rounds it.
-  if (part != 1) config.rotary_dim = static_cast<int64_t>(part * static_cast<double>(config.head_size()));
+  if (part == 1) return;
+  const double rotary = part * static_cast<double>(config.head_size());
+  if (part > 1 || rotary < 1) {
+    file.fail("partial_rotary_factor", "expected a part of a head of " + std::to_string(config.head_size()) +
+                                           " channels, got " + std::to_string(part));
+  }
+  config.rotary_dim = static_cast<int64_t>(rotary);
 }
 
 void write_rope(const ModelConfig& config, ordered_json& out) {
@@ -251,12 +257,12 @@ ModelConfig read_decoder(const ConfigFile& file, const std::string& family, cons
   ModelConfig c;
   c.family = family;
   c.vocab_size = file.get<int64_t>("vocab_size");
-  c.dim = file.get<int64_t>("hidden_size");
-  c.num_layers = file.get<int64_t>("num_hidden_layers");
-  c.num_heads = file.get<int64_t>("num_attention_heads");
+  c.dim = file.get_size("hidden_size");
+  c.num_layers = file.get_layers("num_hidden_layers");
+  c.num_heads = file.get_size("num_attention_heads");
   c.num_kv_heads = file.get<int64_t>("num_key_value_heads",
                                      defaults.kv_heads_are_heads ? std::optional(c.num_heads) : std::nullopt);
-  c.head_dim = file.get<int64_t>("head_dim", 0);
+  c.head_dim = file.get_size("head_dim", 0, 0);
   c.hidden = file.get<int64_t>("intermediate_size");
   c.max_seq_len = file.get<int64_t>("max_position_embeddings", defaults.max_seq_len);
   read_rope(file, c, defaults.rope_theta);

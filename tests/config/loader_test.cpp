@@ -106,6 +106,14 @@ TEST(Parse, AliasesOfAliasesEnd) {
   EXPECT_NE(parse_error(text).find("more than 100000 values"), std::string::npos);
 }
 
+TEST(Parse, AliasesOfLongTextsEnd) {
+  std::string text = "name: &long " + std::string(1 << 20, 'a') + "\nlanguages:\n";
+  for (int i = 0; i < 50; ++i) text += "- *long\n";
+  EXPECT_EQ(parse_error(text), "no error");
+  for (int i = 0; i < 50; ++i) text += "- *long\n";
+  EXPECT_NE(parse_error(text).find("more than 100000 values"), std::string::npos);
+}
+
 TEST(Parse, UnknownKeyNamesTheNearest) {
   EXPECT_EQ(parse_error("alnugages: []"), "run.yaml:1: alnugages: unknown key, did you mean languages?");
   EXPECT_EQ(parse_error("name: x\nmodel:\n  dmi: 3\n"),
@@ -162,6 +170,11 @@ TEST(Parse, IntegersAreExact) {
               std::string::npos)
         << text;
   }
+}
+
+TEST(Parse, ExponentsOfZeroEnd) {
+  EXPECT_NE(parse_error("model: {dim: 0.0e-9223372036854775808}").find("wanted an integer"),
+            std::string::npos);
 }
 
 TEST(Parse, Numbers) {

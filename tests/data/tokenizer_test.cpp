@@ -281,6 +281,33 @@ TEST_F(TokenizerTest, FingerprintIsOfTheMeaning) {
   }
 }
 
+TEST_F(TokenizerTest, NumbersAndDepthEnd) {
+  write("tokenizer.json", R"({"model":1e999})");
+  EXPECT_EQ(refusal(folder_),
+            (folder_ / "tokenizer.json").string() + ": not valid JSON: a number is too large");
+  std::string deep = R"({"normalizer":)";
+  for (int i = 0; i < 100'000; ++i) deep += R"({"type":"Sequence","normalizers":[)";
+  write("tokenizer.json", deep);
+  EXPECT_NE(refusal(folder_).find("nested more than 100 deep"), std::string::npos);
+}
+
+// A pattern that gives up is an error of the tokenizer's file, whose text it quotes.
+TEST_F(TokenizerTest, PatternsThatGiveUp) {
+  json tokenizer = small_tokenizer();
+  tokenizer["pre_tokenizer"] = {
+      {"type", "Sequence"},
+      {"pretokenizers",
+       {{{"type", "Split"}, {"pattern", {{"Regex", "(a|aa)+[xy]"}}}, {"behavior", "Isolated"}},
+        byte_level(false, false)}}};
+  EXPECT_THROW(load(tokenizer).encode(std::string(60, 'a')), DataError);
+}
+
+json many_steps() {
+  json steps(100, {{"type", "Digits"}});
+  steps.push_back(byte_level(false, true));
+  return steps;
+}
+
 TEST_F(TokenizerTest, MalformedOrUnsupported) {
   const std::tuple<const char*, json, const char*> cases[] = {
       {"/model/type", "Unigram", "model: type Unigram is not supported"},
@@ -291,9 +318,14 @@ TEST_F(TokenizerTest, MalformedOrUnsupported) {
       {"/model/vocab", json::array(), "model.vocab: wanted an object, got array"},
       {"/model/vocab/ab", "x", "model.vocab: id of \"ab\" is no integer"},
       {"/model/vocab/a\nb", "x", "model.vocab: id of \"a b\" is no integer"},
-      {"/model/vocab/ab", -1, "id of \"ab\": wanted 0 to 16777215, got -1"},
+      {"/model/vocab/ab", -1, "id of \"ab\": wanted 0 to 1048575, got -1"},
       {"/model/vocab/ab", 1 << 30, "got 1073741824"},
       {"/model/vocab/ab", 97, "model.vocab: id 97 is given to both"},
+      {"/model/vocab/ab", 1 << 20, "got 1048576"},
+      {"/added_tokens/0/id", uint64_t{1} << 63, "added_tokens[0].id: is too large"},
+      {"/pre_tokenizer",
+       {{"type", "Sequence"}, {"pretokenizers", many_steps()}},
+       "wanted at most 100 steps, got 101"},
       {"/model/merges", 1, "model.merges: wanted an array, got number"},
       {"/model/merges/0", "ab", "model.merges[0]: wanted two tokens"},
       {"/model/merges/0", "a b c", "model.merges[0]: wanted two tokens"},

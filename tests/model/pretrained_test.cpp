@@ -225,7 +225,13 @@ TEST_F(Pretrained, BadConfigsAreNamed) {
       {"vocab_size", "many", {"vocab_size", "integer"}},
       {"hidden_size", nullptr, {"hidden_size", "missing"}},
       {"num_key_value_heads", 3, {"num_kv_heads"}},
-      {"num_hidden_layers", 0, {"num_layers"}},
+      {"num_hidden_layers", 0, {"num_hidden_layers", "expected 1 to 10000, got 0"}},
+      {"num_hidden_layers", int64_t{1} << 60, {"num_hidden_layers", "expected 1 to 10000"}},
+      {"num_attention_heads", 0, {"num_attention_heads", "got 0"}},
+      {"bos_token_id", uint64_t{1} << 63, {"bos_token_id", "expected an integer"}},
+      {"partial_rotary_factor", 1e300, {"partial_rotary_factor", "part of a head"}},
+      {"partial_rotary_factor", 0, {"partial_rotary_factor", "part of a head"}},
+      {"model_type", "two\nlines", {"two lines"}},
       {"hidden_act", "gelu", {"hidden_act", "silu", "gelu"}},
       {"rope_theta", 7.0, {"rope_parameters.rope_theta"}},
       {"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}, {"rope_scaling", "rope_parameters"}},
@@ -250,6 +256,9 @@ TEST_F(Pretrained, BadConfigsAreNamed) {
   const fs::path dir = save("m");
   write_file_atomic(dir / "config.json", "{ not json");
   expect_load_fails(dir, {"config.json"});
+  const std::string deep = R"({"model_type":)" + std::string(100'000, '[') + std::string(100'000, ']') + "}";
+  write_file_atomic(dir / "config.json", deep);
+  expect_load_fails(dir, {"config.json", "nested"});
   fs::remove(dir / "config.json");
   expect_load_fails(dir, {"config.json"});
   const fs::path hybrid = save("h", true);

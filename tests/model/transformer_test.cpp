@@ -353,7 +353,7 @@ TEST(Transformer, BadConfigsAreNamed) {
             "full_attention_layers.1");
   EXPECT_EQ(key_of([](C& c) { c.logits_bias = true; }), "logits_bias");
   EXPECT_EQ(key_of([](C& c) { c.moe_layers = {0, 3}; }), "moe_layers.1");
-  EXPECT_EQ(key_of([](C& c) { c.moe_layers = {1, 1}; }), "moe_layers.0");
+  EXPECT_EQ(key_of([](C& c) { c.moe_layers = {1, 1}; }), "moe_layers.1");
   EXPECT_EQ(key_of([](C& c) { c.moe = {}; }), "moe.branches");
   EXPECT_EQ(key_of([](C& c) { c.moe.branches[0].router.top_k = 9; }).substr(0, 14), "moe.branches.0");
   EXPECT_EQ(key_of([](C& c) { c.eos_token_ids = {1, kVocab}; }), "eos_token_ids.1");
