@@ -18,7 +18,7 @@ fi
 build=$PWD/build-fuzz
 python=$(ls .venv/bin/python 2>/dev/null || command -v python3)
 torch=$("$python" -c 'import torch; print(torch.utils.cmake_prefix_path)')
-cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_COMPILER=clang-16 -DCMAKE_CXX_COMPILER=clang++-16 \
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER=clang++-16 \
   -DCMAKE_PREFIX_PATH="$torch" -DHYMOE_FUZZ=ON -DHYMOE_TESTS=OFF -DHYMOE_APPS=OFF >/dev/null
 cmake --build "$build" --target "${targets[@]/%/_fuzz}" | tail -n 1
 
