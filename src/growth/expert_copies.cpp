@@ -19,11 +19,7 @@ Tensor permutation(int64_t n, const at::Generator& generator) {
 }
 
 // Experts that a unit takes, where that number is fixed.
-int64_t chosen(const RouterConfig& router) {
-  const bool fixed = router.kind == "topk" || router.kind == "sparse_mixer" ||
-                     (router.kind == "segment" && router.select == "top_k");
-  return fixed ? router.top_k : router.bucket;
-}
+int64_t chosen(const RouterConfig& router) { return router.chooses_top_k() ? router.top_k : router.bucket; }
 
 int64_t slices(const BranchConfig& branch, int64_t hidden) { return hidden / branch.hidden; }
 

@@ -254,8 +254,7 @@ int64_t parameters(const std::string& name, at::ScalarType dtype, const std::vec
 
 // state.json of a checkpoint, for the files in `folder`.
 void write_state(const fs::path& source, const fs::path& folder) {
-  ordered_json state = ordered_json::parse(read_text(source / "state.json"), nullptr, false);
-  if (!state.is_object()) throw DataError((source / "state.json").string(), "expected a JSON object");
+  ordered_json state = read_object(source / "state.json");
   state["files"] = ordered_json::object();
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();

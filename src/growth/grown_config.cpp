@@ -7,8 +7,8 @@
 #include <yaml-cpp/yaml.h>
 
 #include "growth/grown_names.h"
+#include "growth/stream.h"
 #include "hymoe/config/config.h"
-#include "hymoe/io/file.h"
 #include "hymoe/model/config.h"
 #include "hymoe/model/pretrained.h"
 
@@ -150,8 +150,7 @@ GrownConfig grown_config(const fs::path& source, const GrowConfig& config) {
   static const std::vector<std::string> families = {"llama",   "mistral",   "qwen2",     "qwen3",
                                                     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"};
   const fs::path path = source / "config.json";
-  GrownConfig grown{.json = ordered_json::parse(read_text(path), nullptr, /*allow_exceptions=*/false)};
-  if (!grown.json.is_object()) throw DataError(path.string(), "expected a JSON object");
+  GrownConfig grown{.json = read_object(path)};
   const std::string type = grown.json.value("model_type", "");
   if (type == "hymoe") {
     const ModelConfig model = read_model_config(source);

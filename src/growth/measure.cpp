@@ -15,8 +15,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kEmbedding = "model.embed_tokens.weight";
-
 Batch batch_of(const std::vector<int64_t>& ids) {
   const auto n = static_cast<int64_t>(ids.size());
   Batch batch{.tokens = at::tensor(ids).view({1, n}),

@@ -12,6 +12,8 @@
 
 namespace hymoe {
 
+inline constexpr const char* kEmbedding = "model.embed_tokens.weight";
+
 /// Documents to measure on, one forward pass each entry.
 struct Sample {
   std::vector<Batch> batches = {};

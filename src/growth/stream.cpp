@@ -80,12 +80,15 @@ nlohmann::ordered_json hash_files(const SafetensorsFolder& folder) {
   return hashes;
 }
 
+nlohmann::ordered_json read_object(const fs::path& path) {
+  auto object = nlohmann::ordered_json::parse(read_text(path), nullptr, /*allow_exceptions=*/false);
+  if (!object.is_object()) throw DataError(path.string(), "expected a JSON object");
+  return object;
+}
+
 nlohmann::ordered_json read_receipt(const fs::path& folder) {
   const fs::path path = folder / "receipt.json";
-  if (!fs::exists(path)) return nullptr;
-  const auto receipt = nlohmann::ordered_json::parse(read_text(path), nullptr, /*allow_exceptions=*/false);
-  if (!receipt.is_object()) throw DataError(path.string(), "expected a JSON object");
-  return receipt;
+  return fs::exists(path) ? read_object(path) : nullptr;
 }
 
 }  // namespace hymoe

@@ -42,6 +42,9 @@ Tensor with_noise(const Tensor& values, double share, int64_t seed, const std::s
 /// SHA-256 of every file of weights, by name.
 nlohmann::ordered_json hash_files(const SafetensorsFolder& folder);
 
+/// A file that holds a JSON object; throws DataError for one that does not.
+nlohmann::ordered_json read_object(const std::filesystem::path& path);
+
 /// A checkpoint's receipt.json, or null.
 nlohmann::ordered_json read_receipt(const std::filesystem::path& folder);
 

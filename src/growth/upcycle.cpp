@@ -11,6 +11,7 @@
 #include <torch/utils.h>
 
 #include "growth/expert_copies.h"
+#include "growth/grown_names.h"
 #include "growth/measure.h"
 #include "growth/stream.h"
 #include "hymoe/config/config.h"
@@ -19,7 +20,6 @@
 #include "hymoe/model/freeze.h"
 #include "hymoe/model/outline.h"
 #include "hymoe/model/pretrained.h"
-#include "io/names.h"
 
 namespace hymoe {
 namespace {
@@ -27,7 +27,6 @@ namespace {
 namespace fs = std::filesystem;
 using Put = NewTensor::Put;
 
-constexpr const char* kEmbedding = "model.embed_tokens.weight";
 constexpr int64_t kRun = int64_t{1} << 25;  // elements that are averaged at a time
 
 ModelConfig hybrid_config(const ModelConfig& dense, const UpcycleConfig& config) {
@@ -48,35 +47,6 @@ ModelConfig hybrid_config(const ModelConfig& dense, const UpcycleConfig& config)
   }
   check_experts(config, dense.hidden);
   return hybrid;
-}
-
-// A dense checkpoint's tensors must be those of its model, no more and no fewer.
-void check_tensors(const SafetensorsFolder& files, const Transformer& dense) {
-  std::vector<std::string> missing, extra, misshapen;
-  const auto parameters = dense->named_parameters();
-  for (const auto& item : parameters) {
-    if (!files.contains(item.key())) {
-      missing.push_back(item.key());
-    } else if (files.info(item.key()).shape != item.value().sizes() ||
-               !c10::isFloatingType(files.info(item.key()).dtype)) {
-      misshapen.push_back(item.key());
-    }
-  }
-  for (const std::string& name : files.names()) {
-    if (parameters.contains(name)) continue;
-    const bool tied = name == "lm_head.weight" && dense->config().tie_embeddings;
-    if (!tied) {
-      extra.push_back(name);
-    } else if (files.contains(kEmbedding) && !files.tensor(name).equal(files.tensor(kEmbedding))) {
-      throw DataError(files.file_with(name).path().string() + ": " + name,
-                      "differs from model.embed_tokens.weight, but config.json ties them");
-    }
-  }
-  std::string text;
-  append_names(text, missing, "tensors missing");
-  append_names(text, extra, "tensors that this model has not");
-  append_names(text, misshapen, "tensors of another shape or type");
-  if (!text.empty()) throw DataError(files.path().string(), text);
 }
 
 // The tensors of the hybrid model as recipes over those of the dense ones.
@@ -112,7 +82,7 @@ class Upcycling {
   }
 
  private:
-  static std::string mlp(int64_t layer) { return "model.layers." + std::to_string(layer) + ".mlp."; }
+  static std::string mlp(int64_t layer) { return layer_prefix(layer) + "mlp."; }
 
   static std::string name_in_source(std::string name) {
     static const std::string kShared = ".mlp.shared_expert.";
@@ -275,7 +245,7 @@ UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const Upc
   folders.insert(folders.end(), config.experts_from.begin(), config.experts_from.end());
   for (const fs::path& folder : folders) {
     read.push_back(sources.emplace_back(std::make_unique<SafetensorsFolder>(folder)).get());
-    check_tensors(*read.back(), dense);
+    check_weights(*read.back(), dense);
   }
   std::optional<Sample> sample;
   if (!config.sample.empty())

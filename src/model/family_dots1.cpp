@@ -12,8 +12,7 @@ ModelConfig read_dots1(const ConfigFile& file) {
   file.expect("n_group", 1);
   file.expect("topk_group", 1);
   c.qk_norm = "head";
-  c.o_bias = file.get<bool>("attention_bias", false);
-  set_qkv_bias(c, c.o_bias);
+  read_attention_bias(file, c);
   read_windows_by_layer(file, c, /*has_switch=*/false);
   const auto first = file.get_size("first_k_dense_replace", 0, 0);
   for (int64_t i = first; i < c.num_layers; ++i) c.moe_layers.push_back(i);

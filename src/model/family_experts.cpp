@@ -64,15 +64,20 @@ const BranchConfig& branch_of(const ModelConfig& config) {
   return config.moe.branches.empty() ? none : config.moe.branches.front();
 }
 
+void write_experts(const ModelConfig& config, nlohmann::ordered_json& out, const char* number,
+                   const char* width) {
+  const BranchConfig& experts = branch_of(config);
+  out[number] = experts.num_experts;
+  out[width] = experts.hidden;
+  out["num_experts_per_tok"] = experts.router.top_k;
+  out["router_aux_loss_coef"] = experts.router.balance_loss * static_cast<double>(config.moe_layers.size()) /
+                                static_cast<double>(experts.router.top_k);
+  out["output_router_logits"] = false;
+}
+
 double balance_from(const ConfigFile& file, int64_t top_k, size_t layers) {
   return file.get<double>("router_aux_loss_coef", 0.001) * static_cast<double>(top_k) /
          static_cast<double>(std::max<size_t>(layers, 1));
-}
-
-double balance_to(const ModelConfig& config) {
-  const RouterConfig& router = branch_of(config).router;
-  return router.balance_loss * static_cast<double>(config.moe_layers.size()) /
-         static_cast<double>(router.top_k);
 }
 
 std::vector<int64_t> read_moe_layers(const ConfigFile& file, int64_t num_layers) {

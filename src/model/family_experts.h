@@ -30,10 +30,13 @@ MoEConfig make_moe(int64_t dim, int64_t num_experts, int64_t hidden, const Route
 /// What a family's layer is written from: the first branch, or that of a layer without any.
 const BranchConfig& branch_of(const ModelConfig& config);
 
+/// The experts' number and width under these keys, top_k and the balance loss.
+void write_experts(const ModelConfig& config, nlohmann::ordered_json& out, const char* number,
+                   const char* width);
+
 /// router_aux_loss_coef of transformers is that of one loss over the choices of all layers, which is top_k
 /// where ours, each layer's, is 1.
 double balance_from(const ConfigFile& file, int64_t top_k, size_t layers);
-double balance_to(const ModelConfig& config);
 
 /// All layers but those of mlp_only_layers, every decoder_sparse_step-th.
 std::vector<int64_t> read_moe_layers(const ConfigFile& file, int64_t num_layers);

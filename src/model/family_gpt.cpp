@@ -9,11 +9,16 @@ namespace {
 
 using Names = std::vector<std::pair<std::string_view, const char*>>;
 
-// The name's end of ours replaced by the family's; nothing where it is not in the list.
+// The family's name for ours; nullptr where it is not in the list.
 const char* name_in(const Names& names, std::string_view ours) {
   const auto it =
       std::find_if(names.begin(), names.end(), [&](const auto& pair) { return pair.first == ours; });
   return it == names.end() ? nullptr : it->second;
+}
+
+std::vector<Piece> outside_layers(const Names& names, const OurTensor& ours) {
+  const char* name = name_in(names, ours.name);
+  return {{name != nullptr ? name : ours.name, ours.shape}};
 }
 
 // 0, 1, 2 of q, k, v; -1 of others.
@@ -64,7 +69,7 @@ void write_gpt2(const ModelConfig& config, nlohmann::ordered_json& out) {
   out["n_inner"] = config.hidden;
   out["n_positions"] = config.max_seq_len;
   out["n_ctx"] = config.max_seq_len;
-  out["activation_function"] = config.ffn == "gelu" ? "gelu" : "gelu_new";
+  out["activation_function"] = gelu_name(config);
   out["layer_norm_epsilon"] = config.norm_eps;
   out["tie_word_embeddings"] = config.tie_embeddings;
   for (const char* dropout : {"resid_pdrop", "embd_pdrop", "attn_pdrop"}) out[dropout] = 0.0;
@@ -82,10 +87,7 @@ std::vector<Piece> gpt2_pieces(const ModelConfig&, const OurTensor& ours, bool) 
                             {"self_attn.o_proj", "attn.c_proj"},
                             {"mlp.up_proj", "mlp.c_fc"},
                             {"mlp.down_proj", "mlp.c_proj"}};
-  if (ours.layer < 0) {
-    const char* name = name_in(outside, ours.name);
-    return {{name != nullptr ? name : ours.name, ours.shape}};
-  }
+  if (ours.layer < 0) return outside_layers(outside, ours);
   const auto [module, kind] = split_name(ours.rest);
   const std::string layer = "transformer.h." + std::to_string(ours.layer) + ".";
   std::vector<int64_t> shape(ours.shape.rbegin(), ours.shape.rend());
@@ -131,7 +133,7 @@ void write_gpt_neox(const ModelConfig& config, nlohmann::ordered_json& out) {
   out["num_hidden_layers"] = config.num_layers;
   out["num_attention_heads"] = config.num_heads;
   out["max_position_embeddings"] = config.max_seq_len;
-  out["hidden_act"] = config.ffn == "gelu" ? "gelu" : "gelu_new";
+  out["hidden_act"] = gelu_name(config);
   out["attention_bias"] = config.o_bias;
   out["use_parallel_residual"] = config.parallel_residual;
   out["layer_norm_eps"] = config.norm_eps;
@@ -149,10 +151,7 @@ std::vector<Piece> gpt_neox_pieces(const ModelConfig& config, const OurTensor& o
                             {"self_attn.o_proj", "attention.dense"},
                             {"mlp.up_proj", "mlp.dense_h_to_4h"},
                             {"mlp.down_proj", "mlp.dense_4h_to_h"}};
-  if (ours.layer < 0) {
-    const char* name = name_in(outside, ours.name);
-    return {{name != nullptr ? name : ours.name, ours.shape}};
-  }
+  if (ours.layer < 0) return outside_layers(outside, ours);
   const auto [module, kind] = split_name(ours.rest);
   const std::string layer = "gpt_neox.layers." + std::to_string(ours.layer) + ".";
   if (const int64_t third = third_of(module); third >= 0) {

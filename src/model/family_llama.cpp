@@ -13,8 +13,7 @@ void refuse_window(const ConfigFile& file) {
 ModelConfig read_llama(const ConfigFile& file) {
   ModelConfig c = read_decoder(file, "llama");
   refuse_window(file);
-  c.o_bias = file.get<bool>("attention_bias", false);
-  set_qkv_bias(c, c.o_bias);
+  read_attention_bias(file, c);
   c.ffn_bias = file.get<bool>("mlp_bias", false);
   return c;
 }

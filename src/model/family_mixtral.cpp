@@ -21,13 +21,8 @@ ModelConfig read_mixtral(const ConfigFile& file) {
 void write_mixtral(const ModelConfig& config, nlohmann::ordered_json& out) {
   write_decoder(config, out);
   write_window(config, out);
-  const BranchConfig& experts = branch_of(config);
-  out["intermediate_size"] = experts.hidden;
-  out["num_local_experts"] = experts.num_experts;
-  out["num_experts_per_tok"] = experts.router.top_k;
-  out["router_jitter_noise"] = experts.router.jitter;
-  out["router_aux_loss_coef"] = balance_to(config);
-  out["output_router_logits"] = false;
+  write_experts(config, out, "num_local_experts", "intermediate_size");
+  out["router_jitter_noise"] = branch_of(config).router.jitter;
 }
 
 std::vector<Piece> mixtral_pieces(const ModelConfig& config, const OurTensor& ours, bool stacked) {
@@ -40,8 +35,7 @@ ModelConfig read_olmoe(const ConfigFile& file) {
   ModelConfig c = read_decoder(file, "olmoe", {.max_seq_len = 4096, .norm_eps = 1e-5});
   if (file.find("clip_qkv") != nullptr) file.fail("clip_qkv", "is not implemented");
   c.qk_norm = "projection";
-  c.o_bias = file.get<bool>("attention_bias", false);
-  set_qkv_bias(c, c.o_bias);
+  read_attention_bias(file, c);
   c.moe_layers = all_layers(c);
   RouterConfig router{.top_k = file.get<int64_t>("num_experts_per_tok")};
   router.normalize = file.get<bool>("norm_topk_prob", false);
@@ -52,14 +46,9 @@ ModelConfig read_olmoe(const ConfigFile& file) {
 
 void write_olmoe(const ModelConfig& config, nlohmann::ordered_json& out) {
   write_decoder(config, out);
-  const BranchConfig& experts = branch_of(config);
+  write_experts(config, out, "num_experts", "intermediate_size");
   out["attention_bias"] = config.o_bias;
-  out["intermediate_size"] = experts.hidden;
-  out["num_experts"] = experts.num_experts;
-  out["num_experts_per_tok"] = experts.router.top_k;
-  out["norm_topk_prob"] = experts.router.normalized();
-  out["router_aux_loss_coef"] = balance_to(config);
-  out["output_router_logits"] = false;
+  out["norm_topk_prob"] = branch_of(config).router.normalized();
 }
 
 std::vector<Piece> olmoe_pieces(const ModelConfig& config, const OurTensor& ours, bool stacked) {

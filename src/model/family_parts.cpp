@@ -70,6 +70,13 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
   return rope;
 }
 
+std::vector<int64_t> read_token_ids(const ConfigFile& file, const std::string& key) {
+  const json* value = file.find(key);
+  if (value == nullptr) return {};
+  if (value->is_array()) return file.as<std::vector<int64_t>>(key, *value);
+  return {file.as<int64_t>(key, *value)};
+}
+
 }  // namespace
 
 void refuse_what_no_family_has(const ConfigFile& file) {
@@ -80,17 +87,6 @@ void refuse_what_no_family_has(const ConfigFile& file) {
   file.expect("add_cross_attention", false);
   if (file.find("quantization_config") != nullptr) file.fail("quantization_config", "is not implemented");
 }
-
-namespace {
-
-std::vector<int64_t> read_token_ids(const ConfigFile& file, const std::string& key) {
-  const json* value = file.find(key);
-  if (value == nullptr) return {};
-  if (value->is_array()) return file.as<std::vector<int64_t>>(key, *value);
-  return {file.as<int64_t>(key, *value)};
-}
-
-}  // namespace
 
 void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta, double default_part) {
   Rope rope;
@@ -225,10 +221,17 @@ std::string read_gelu(const ConfigFile& file, const std::string& key) {
   file.fail(key, "expected one of gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, got \"" + name + "\"");
 }
 
+std::string gelu_name(const ModelConfig& config) { return config.ffn == "gelu" ? "gelu" : "gelu_new"; }
+
 std::vector<int64_t> all_layers(const ModelConfig& config) {
   std::vector<int64_t> layers(config.num_layers);
   std::iota(layers.begin(), layers.end(), 0);
   return layers;
+}
+
+void read_attention_bias(const ConfigFile& file, ModelConfig& config) {
+  config.o_bias = file.get<bool>("attention_bias", false);
+  set_qkv_bias(config, config.o_bias);
 }
 
 void set_qkv_bias(ModelConfig& config, bool bias) {

@@ -43,9 +43,12 @@ void write_windows_by_layer(const ModelConfig& config, nlohmann::ordered_json& o
 
 /// ModelConfig::ffn of an activation's name.
 std::string read_gelu(const ConfigFile& file, const std::string& key);
+std::string gelu_name(const ModelConfig& config);
 
 std::vector<int64_t> all_layers(const ModelConfig& config);
 
+/// attention_bias, of q, k, v and o alike.
+void read_attention_bias(const ConfigFile& file, ModelConfig& config);
 /// qkv_bias as the file has it: not set where it is what the family has by default.
 void set_qkv_bias(ModelConfig& config, bool bias);
 

@@ -11,8 +11,7 @@ ModelConfig read_phimoe(const ConfigFile& file) {
                    {.kv_heads_are_heads = false, .max_seq_len = 131072, .rope_theta = 1e6, .norm_eps = 1e-5});
   read_window(file, c);
   c.norm = "layer";
-  c.o_bias = file.get<bool>("attention_bias", false);
-  set_qkv_bias(c, c.o_bias);
+  read_attention_bias(file, c);
   c.logits_bias = file.get<bool>("lm_head_bias", false);
   c.moe_layers = all_layers(c);
   RouterConfig router{.kind = "sparse_mixer", .top_k = file.get<int64_t>("num_experts_per_tok")};
@@ -26,16 +25,12 @@ ModelConfig read_phimoe(const ConfigFile& file) {
 void write_phimoe(const ModelConfig& config, nlohmann::ordered_json& out) {
   write_decoder(config, out);
   write_window(config, out);
-  const BranchConfig& experts = branch_of(config);
+  write_experts(config, out, "num_local_experts", "intermediate_size");
+  const RouterConfig& router = branch_of(config).router;
   out["attention_bias"] = config.o_bias;
   out["lm_head_bias"] = config.logits_bias;
-  out["intermediate_size"] = experts.hidden;
-  out["num_local_experts"] = experts.num_experts;
-  out["num_experts_per_tok"] = experts.router.top_k;
-  out["input_jitter_noise"] = experts.router.jitter;
-  out["router_jitter_noise"] = experts.router.mixer_eps;
-  out["router_aux_loss_coef"] = balance_to(config);
-  out["output_router_logits"] = false;
+  out["input_jitter_noise"] = router.jitter;
+  out["router_jitter_noise"] = router.mixer_eps;
 }
 
 std::vector<Piece> phimoe_pieces(const ModelConfig& config, const OurTensor& ours, bool stacked) {

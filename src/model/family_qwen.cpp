@@ -21,8 +21,7 @@ ModelConfig read_qwen3(const ConfigFile& file) {
   ModelConfig c = read_decoder(file, "qwen3", {.kv_heads_are_heads = false, .max_seq_len = 32768});
   if (c.head_dim == 0) c.head_dim = 128;
   c.qk_norm = "head";
-  c.o_bias = file.get<bool>("attention_bias", false);
-  set_qkv_bias(c, c.o_bias);
+  read_attention_bias(file, c);
   read_windows_by_layer(file, c);
   return c;
 }
@@ -44,14 +43,9 @@ void read_experts(const ConfigFile& file, ModelConfig& c, const SharedConfig& sh
       make_moe(c.dim, file.get<int64_t>(experts), file.get<int64_t>("moe_intermediate_size"), router, shared);
 }
 
-void write_experts(const ModelConfig& config, nlohmann::ordered_json& out) {
-  const BranchConfig& experts = branch_of(config);
-  out["num_experts"] = experts.num_experts;
-  out["num_experts_per_tok"] = experts.router.top_k;
-  out["moe_intermediate_size"] = experts.hidden;
-  out["norm_topk_prob"] = experts.router.normalized();
-  out["router_aux_loss_coef"] = balance_to(config);
-  out["output_router_logits"] = false;
+void write_qwen_experts(const ModelConfig& config, nlohmann::ordered_json& out) {
+  write_experts(config, out, "num_experts", "moe_intermediate_size");
+  out["norm_topk_prob"] = branch_of(config).router.normalized();
   write_moe_layers(config, out);
 }
 
@@ -71,14 +65,13 @@ void write_qwen2_moe(const ModelConfig& config, nlohmann::ordered_json& out) {
   write_windows_by_layer(config, out);
   out["qkv_bias"] = config.has_qkv_bias();
   out["shared_expert_intermediate_size"] = config.moe.shared.hidden;
-  write_experts(config, out);
+  write_qwen_experts(config, out);
 }
 
 ModelConfig read_qwen3_moe(const ConfigFile& file) {
   ModelConfig c = read_decoder(file, "qwen3_moe", {.kv_heads_are_heads = false, .max_seq_len = 32768});
   c.qk_norm = "head";
-  c.o_bias = file.get<bool>("attention_bias", false);
-  set_qkv_bias(c, c.o_bias);
+  read_attention_bias(file, c);
   if (file.get<bool>("use_sliding_window", false)) read_window(file, c);
   read_experts(file, c, {});
   return c;
@@ -89,7 +82,7 @@ void write_qwen3_moe(const ModelConfig& config, nlohmann::ordered_json& out) {
   out["attention_bias"] = config.o_bias;
   out["use_sliding_window"] = config.sliding_window > 0;
   write_window(config, out);
-  write_experts(config, out);
+  write_qwen_experts(config, out);
 }
 
 std::vector<Piece> qwen_pieces(const ModelConfig& config, const OurTensor& ours, bool stacked) {

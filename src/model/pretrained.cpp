@@ -155,12 +155,9 @@ void check_tied(const SafetensorsFolder& files, const std::string& embedding) {
                   "differs from " + embedding + ", but config.json ties them");
 }
 
-// Parameters become `dtype` if one is given, and everything goes to `device` if one is given.
-void fill(Transformer& model, const std::filesystem::path& dir, std::optional<at::Device> device,
-          std::optional<at::ScalarType> dtype) {
-  const torch::NoGradGuard no_grad;
-  const SafetensorsFolder files(dir);
-  const Family* family = find_family(ConfigFile::in(dir).get<std::string>("model_type"));
+// The model's tensors and where the files, in the family's layout or, without one, in ours, have them.
+std::vector<Target> find_targets(const SafetensorsFolder& files, const Family* family,
+                                 const Transformer& model) {
   std::vector<Target> targets = targets_of(model);
   place(targets, files, family, model->config());
   const bool tied = model->config().tie_embeddings;
@@ -169,8 +166,19 @@ void fill(Transformer& model, const std::filesystem::path& dir, std::optional<at
     return family != nullptr && std::any_of(family->unused.begin(), family->unused.end(),
                                             [&](const std::string& end) { return name.ends_with(end); });
   });
-  for (Target& target : targets) {
+  for (const Target& target : targets) {
     if (tied && target.name == "model.embed_tokens.weight") check_tied(files, target.pieces.front().name);
+  }
+  return targets;
+}
+
+// Parameters become `dtype` if one is given, and everything goes to `device` if one is given.
+void fill(Transformer& model, const std::filesystem::path& dir, std::optional<at::Device> device,
+          std::optional<at::ScalarType> dtype) {
+  const torch::NoGradGuard no_grad;
+  const SafetensorsFolder files(dir);
+  const Family* family = find_family(ConfigFile::in(dir).get<std::string>("model_type"));
+  for (Target& target : find_targets(files, family, model)) {
     Tensor& to = target.tensor;
     if (!to.defined()) continue;
     const at::ScalarType to_dtype = target.is_parameter ? dtype.value_or(to.scalar_type()) : to.scalar_type();
@@ -198,6 +206,10 @@ Transformer load_pretrained(const std::filesystem::path& dir, at::Device device,
   }
   fill(model, dir, device, dtype);
   return model;
+}
+
+void check_weights(const SafetensorsFolder& files, const Transformer& model) {
+  find_targets(files, nullptr, model);
 }
 
 void load_weights(Transformer& model, const std::filesystem::path& dir) { fill(model, dir, {}, {}); }

@@ -9,21 +9,10 @@
 #include "hymoe/comm/collectives.h"
 #include "hymoe/config/config.h"
 #include "hymoe/ops/recompute.h"
+#include "moe/token_rows.h"
 
 namespace hymoe {
 namespace {
-
-// Whether a unit goes to top_k experts.
-bool chooses(const RouterConfig& router) {
-  return router.kind == "topk" || router.kind == "sparse_mixer" ||
-         (router.kind == "segment" && router.select == "top_k");
-}
-
-// Whether it goes to bucket experts at most.
-bool is_taken(const RouterConfig& router) {
-  return router.kind == "expert_choice" || router.kind == "threshold" ||
-         (router.kind == "segment" && router.select != "top_k");
-}
 
 int64_t count_params(const torch::nn::Module& module) {
   int64_t count = 0;
@@ -90,7 +79,7 @@ void BranchConfig::check() const {
     throw ConfigError("router.prior_expert", "expected below num_experts, " + std::to_string(num_experts) +
                                                  ", got " + std::to_string(*router.prior_expert));
   }
-  if (chooses(router) && router.top_k > num_experts) {
+  if (router.chooses_top_k() && router.top_k > num_experts) {
     throw ConfigError("router.top_k", "expected at most num_experts, " + std::to_string(num_experts) +
                                           ", got " + std::to_string(router.top_k));
   }
@@ -110,13 +99,13 @@ void MoEConfig::check() const {
   }
   if (fusion != "preserve" || branches.size() != 1 || shared.hidden > 0) return;
   const RouterConfig& router = branches[0].router;
-  const bool single = chooses(router) ? router.top_k == 1 : is_taken(router) && router.bucket == 1;
+  const bool single = router.chooses_top_k() ? router.top_k == 1 : router.is_taken() && router.bucket == 1;
   if (single) {
     throw ConfigError(
         "fusion",
         "preserve divides the single coefficient of a row by itself and the router would get no "
         "gradient: expected constant or learned, a shared expert, or branches.0.router." +
-            std::string(chooses(router) ? "top_k" : "bucket") + " of at least 2, got preserve");
+            std::string(router.chooses_top_k() ? "top_k" : "bucket") + " of at least 2, got preserve");
   }
 }
 
@@ -201,8 +190,7 @@ MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing, bool recompu
   if (packing.state) check_decodable();
   const std::vector<Routing> routings = route(x, packing);
   MoEOutput out;
-  const auto math = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  out.aux_loss = at::zeros({}, x.options().dtype(math));
+  out.aux_loss = at::zeros({}, x.options().dtype(math_type(x)));
   for (const Routing& routing : routings) {
     if (routing.aux_loss.defined()) out.aux_loss = out.aux_loss + routing.aux_loss;
   }
@@ -211,7 +199,8 @@ MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing, bool recompu
   Dispatched dispatched;
   if (!branches_.empty()) {
     // Nobody need wait for the number of rows where almost all slots have an expert, to spare a few rows.
-    const bool spare = branches_.size() == 1 && mesh_.ep.size() == 1 && chooses(config_.branches[0].router) &&
+    const bool spare = branches_.size() == 1 && mesh_.ep.size() == 1 &&
+                       config_.branches[0].router.chooses_top_k() &&
                        branches_[0]->experts->counts_on_device(x);
     dispatched = dispatcher_.plan(x, routings, packing.padding, spare);
   }
@@ -287,8 +276,7 @@ Tensor MoEImpl::shared_coefficient(const Tensor& x, const std::vector<Routing>& 
     coefficient = coefficient.defined() ? coefficient + part : part;
   }
   if (shared_gate_.defined()) {
-    const auto math = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const Tensor gate = at::sigmoid(at::linear(x, shared_gate_).to(math)).squeeze(1);
+    const Tensor gate = at::sigmoid(at::linear(x, shared_gate_).to(math_type(x))).squeeze(1);
     coefficient = coefficient.defined() ? coefficient * gate : gate;
   }
   return coefficient;

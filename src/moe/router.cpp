@@ -18,10 +18,6 @@ bool chooses_rows(const RouterConfig& config) {
   return config.kind == "expert_choice" || config.kind == "threshold";
 }
 
-bool by_capacity(const RouterConfig& config) {
-  return chooses_rows(config) || (config.kind == "segment" && config.select != "top_k");
-}
-
 std::shared_ptr<Router> make_row_chooser(RouterArgs args) {
   args.config.select = args.config.kind;
   args.config.score = "own";
@@ -106,7 +102,7 @@ void RouterConfig::check() const {
   if (segment && select == "prefix_choice" && capacity_unit == "rows") {
     throw ConfigError("capacity_unit", "prefix_choice counts windows: expected windows, got rows");
   }
-  const bool by_bucket = by_capacity(*this);
+  const bool by_bucket = is_taken();
   // Published expert choice runs with more places than its bucket lets be taken; elsewhere it is an
   // oversight.
   const bool published =
@@ -123,8 +119,16 @@ void RouterConfig::check() const {
   }
 }
 
+bool RouterConfig::chooses_top_k() const {
+  return kind == "topk" || kind == "sparse_mixer" || (kind == "segment" && select == "top_k");
+}
+
+bool RouterConfig::is_taken() const {
+  return chooses_rows(*this) || (kind == "segment" && select != "top_k");
+}
+
 double RouterConfig::experts_per_unit() const {
-  return by_capacity(*this) ? std::min(capacity, static_cast<double>(bucket)) : static_cast<double>(top_k);
+  return is_taken() ? std::min(capacity, static_cast<double>(bucket)) : static_cast<double>(top_k);
 }
 
 Registry<Router, RouterArgs>& routers() {

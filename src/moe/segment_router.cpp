@@ -9,6 +9,7 @@
 #include "hymoe/ops/gates.h"
 #include "hymoe/ops/segment.h"
 #include "moe/segment_windows.h"
+#include "moe/token_rows.h"
 
 namespace hymoe {
 namespace {
@@ -21,10 +22,6 @@ constexpr double kTie = 1e-5;
 constexpr double kHalfUp = 0.5 + 1e-9;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-at::ScalarType math_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 Tensor reaches(const Tensor& logits, const Tensor& cutoff) {
   return logits + (logits.abs() + 1) * kTie >= cutoff;

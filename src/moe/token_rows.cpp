@@ -4,8 +4,12 @@
 
 namespace hymoe {
 
+at::ScalarType math_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 Tensor token_logits(const Tensor& x, const Tensor& weight, double jitter) {
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = math_type(x);
   Tensor rows = x.to(type);
   if (jitter > 0) rows = rows * at::empty_like(rows).uniform_(1 - jitter, 1 + jitter);
   return at::linear(rows, weight.to(type));

@@ -26,6 +26,9 @@ using at::Tensor;
 /// Type of sums and of arithmetic on elements of type T.
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+inline at::ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 /// f(begin, end) over [0, n) on LibTorch's threads, at least `grain` at a time. (at::parallel_for is a
 /// template: in a file that is compiled without OpenMP it would be serial.) f may not touch tensors, only

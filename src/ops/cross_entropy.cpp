@@ -21,10 +21,6 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kIgnored = kernels::kIgnoredTarget;
 
-at::ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // -> log Σ exp(z); z becomes weight·softmax(z) when `gradient`.
 template <class T>
 HYMOE_SIMD T softmax_row(T* __restrict z, int64_t n, bool gradient, T weight) {
@@ -157,7 +153,7 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   static variable_list forward(AutogradContext* ctx, const Tensor& h, const Tensor& weight,
                                const Tensor& targets, const Tensor& token_weights, int64_t chunk, bool need_h,
                                bool need_weight, const VocabularyPart* vocabulary) {
-    const auto type = accumulate_type(h);
+    const auto type = cpu::accumulate_type(h);
     const int64_t rows = h.size(0), vocab = weight.size(0);
     const bool gradient = need_h || need_weight, same_type = h.scalar_type() == type;
     Tensor nll = at::empty({rows}, h.options().dtype(type)), dh, dw;
@@ -251,7 +247,7 @@ CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const T
                   " is outside [0, ", all, ")");
     }
   }
-  const auto options = h.options().dtype(accumulate_type(h));
+  const auto options = h.options().dtype(cpu::accumulate_type(h));
   const Tensor weights =
       token_weights.defined() ? token_weights.detach().to(options).contiguous() : at::ones({rows}, options);
   const bool grad = at::GradMode::is_enabled();

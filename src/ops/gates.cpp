@@ -8,13 +8,13 @@
 
 #include <ATen/Dispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/custom_class.h>
 #include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
 #include "kernels/gate.h"
 #include "ops/cpu.h"
 #include "ops/device.h"
+#include "ops/kept.h"
 #include "ops/scores.h"
 
 namespace hymoe::ops {
@@ -23,10 +23,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-at::ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 bool has_kernel_or_loop(const Tensor& x, int64_t top_k) {
   if (!device::takes(x)) return x.is_cpu();
@@ -136,17 +132,12 @@ void gate_backward_on_cpu(const kernels::GateBackward& a) {
   });
 }
 
-struct KeptGating : torch::CustomClassHolder {
-  explicit KeptGating(const kernels::Gating& g) : gating(g) {}
-  kernels::Gating gating;
-};
-
 struct TopkGates : Function<TopkGates> {
   // -> weights, scores, ids, and with shared_last shared_weight.
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const GateOptions& o,
                                const std::optional<Tensor>& selection_bias) {
     const int64_t rows = logits.size(0), experts = logits.size(1) - o.shared_last;
-    const auto type = logits.options().dtype(accumulate_type(logits));
+    const auto type = logits.options().dtype(cpu::accumulate_type(logits));
     const kernels::Gating gating{
         rows, experts, o.top_k, o.shared_last, o.sigmoid, o.normalize, o.softmax_after_topk, o.scale};
     variable_list out{at::empty({rows, o.top_k}, type), at::empty(logits.sizes(), type),
@@ -167,7 +158,7 @@ struct TopkGates : Function<TopkGates> {
                                       [&] { gate_on_cpu<scalar_t>(args); });
     }
     ctx->save_for_backward({logits, out[2]});
-    ctx->saved_data["gating"] = c10::IValue::make_capsule(c10::make_intrusive<KeptGating>(gating));
+    keep(ctx, gating);
     ctx->mark_non_differentiable({out[2]});
     ctx->set_materialize_grads(false);
     return out;
@@ -176,7 +167,6 @@ struct TopkGates : Function<TopkGates> {
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &logits = saved[0], &ids = saved[1];
-    const auto kept = ctx->saved_data["gating"].toCapsule();
     const auto given = [&](size_t i) {
       return i < gradients.size() && gradients[i].defined() ? gradients[i].contiguous() : Tensor();
     };
@@ -188,7 +178,7 @@ struct TopkGates : Function<TopkGates> {
                                      .d_shared_weight = device::address(d_shared_weight),
                                      .d_scores = device::address(d_scores),
                                      .d_logits = device::address(d_logits),
-                                     .gating = static_cast<const KeptGating&>(*kept).gating,
+                                     .gating = kept<kernels::Gating>(ctx),
                                      .dtype = device::dtype(logits)};
     if (device::takes(logits)) {
       kernels::gate_backward(args, device::stream(logits));
@@ -231,7 +221,7 @@ Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor&
               "topk_gates: selection_bias must be [", experts, "], got ", selection_bias.sizes());
   if (!has_kernel_or_loop(logits, options.top_k)) return plain::topk_gates(logits, options, selection_bias);
   std::optional<Tensor> bias;
-  if (selection_bias.defined()) bias = selection_bias.detach().to(accumulate_type(logits)).contiguous();
+  if (selection_bias.defined()) bias = selection_bias.detach().to(cpu::accumulate_type(logits)).contiguous();
   const variable_list out = TopkGates::apply(logits.contiguous(), options, bias);
   return {.ids = out[2],
           .weights = out[0],

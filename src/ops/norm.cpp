@@ -50,8 +50,7 @@ struct RmsNorm : Function<RmsNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps) {
     const int64_t dim = weight.size(0), rows = dim > 0 ? x.numel() / dim : 0;
     Tensor y = cpu::empty(x.sizes(), x.options());
-    Tensor rstd =
-        at::empty({rows}, x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+    Tensor rstd = at::empty({rows}, x.options().dtype(cpu::accumulate_type(x)));
     ctx->save_for_backward({x, weight, rstd});
     if (device::takes(x)) {
       kernels::rms_norm({.x = device::address(x),

@@ -65,10 +65,6 @@ Permutation sort_on_device(const Tensor& ids, int64_t num_experts, std::optional
   return p;
 }
 
-at::ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 template <class T, class A>
 HYMOE_SIMD void add_row(A factor, const T* __restrict row, A* __restrict sum, int64_t dim) {
   for (int64_t i = 0; i < dim; ++i) sum[i] += factor * static_cast<A>(row[i]);
@@ -355,7 +351,7 @@ Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& p
                  const Tensor& base, const Tensor& base_weight) {
   check_unpermute(rows, weights, permutation, base, base_weight);
   if (!device::fused(rows)) return plain::unpermute(rows, weights, permutation, base, base_weight);
-  const auto type = accumulate_type(rows);
+  const auto type = cpu::accumulate_type(rows);
   const auto prepared = [](const Tensor& x, at::ScalarType t) {
     return x.defined() ? std::optional<Tensor>(x.to(t).contiguous()) : std::nullopt;
   };

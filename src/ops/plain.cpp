@@ -4,12 +4,10 @@
 
 #include <torch/types.h>
 
+#include "ops/cpu.h"
+
 namespace hymoe::ops::plain {
 namespace {
-
-at::ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 std::vector<int64_t> to_vector(const Tensor& x) {
   const Tensor c = x.to(at::kCPU).contiguous();
@@ -56,7 +54,7 @@ Tensor permute(const Tensor& x, const Permutation& permutation) {
 
 Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
                  const Tensor& base, const Tensor& base_weight) {
-  const auto type = accumulate_type(rows);
+  const auto type = cpu::accumulate_type(rows);
   const Tensor& slot = permutation.slot_row;
   const Tensor none = at::zeros({1, rows.size(1)}, rows.options());
   const Tensor index = at::where(slot < 0, rows.size(0), slot).reshape(-1);
@@ -99,7 +97,7 @@ Tensor topk_ids(const Tensor& scores, int64_t top_k) {
 
 Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor& selection_bias) {
   const int64_t experts = logits.size(1) - (options.shared_last ? 1 : 0);
-  const Tensor z = logits.to(accumulate_type(logits));
+  const Tensor z = logits.to(cpu::accumulate_type(logits));
   Gates out{.scores = options.sigmoid ? at::sigmoid(z) : at::softmax(z, -1)};
   Tensor choice = out.scores.detach().narrow(1, 0, experts);
   if (selection_bias.defined()) choice = choice + selection_bias.detach();
@@ -124,7 +122,7 @@ Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor&
 
 Gates sparse_mixer(const Tensor& logits, const SparseMixerOptions& options, const SparseMixerNoise& drawn) {
   const SparseMixerNoise noise = drawn.seed ? sparse_mixer_noise(logits, options.top_k, *drawn.seed) : drawn;
-  const Tensor z = logits.to(accumulate_type(logits)), one = at::ones({}, z.options());
+  const Tensor z = logits.to(cpu::accumulate_type(logits)), one = at::ones({}, z.options());
   const Tensor h = options.star ? z / 2 : z;
   const double slope = options.star ? 2 : 1, third = options.star ? 1. / 3 : 0.3333;
   Tensor taken = at::zeros_like(z, at::kBool);
@@ -153,13 +151,13 @@ Gates sparse_mixer(const Tensor& logits, const SparseMixerOptions& options, cons
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  const Tensor h = x.to(accumulate_type(x));
+  const Tensor h = x.to(cpu::accumulate_type(x));
   const Tensor normal = h * at::rsqrt(h.square().mean(-1, /*keepdim=*/true) + eps);
   return (normal * weight.to(h.scalar_type())).to(x.scalar_type());
 }
 
 Tensor rotary(const Tensor& x, const Tensor& positions, const Tensor& inv_freq) {
-  const auto type = accumulate_type(x);
+  const auto type = cpu::accumulate_type(x);
   const Tensor angle = positions.to(at::kFloat).unsqueeze(-1) * inv_freq;
   const Tensor cos = angle.cos().to(type).unsqueeze(1), sin = angle.sin().to(type).unsqueeze(1);
   const auto half = x.to(type).chunk(2, -1);
@@ -183,7 +181,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     const Tensor age = at::arange(keys - queries, keys, q_offsets.options().device(q.device())).unsqueeze(1) -
                        at::arange(keys, q_offsets.options().device(q.device()));
     const Tensor hidden = window > 0 ? (age < 0).logical_or(age >= window) : age < 0;
-    const Tensor scores = at::matmul(qi, ki.transpose(1, 2)).to(accumulate_type(q)).mul(scale);
+    const Tensor scores = at::matmul(qi, ki.transpose(1, 2)).to(cpu::accumulate_type(q)).mul(scale);
     const Tensor weights = at::softmax(scores.masked_fill(hidden, -INFINITY), -1).to(q.scalar_type());
     parts.push_back(at::matmul(weights, vi).transpose(0, 1));
   }
@@ -192,7 +190,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 
 CrossEntropy linear_cross_entropy(const Tensor& h, const Tensor& weight, const Tensor& targets,
                                   const Tensor& token_weights) {
-  const Tensor logits = at::mm(h, weight.t()).to(accumulate_type(h));
+  const Tensor logits = at::mm(h, weight.t()).to(cpu::accumulate_type(h));
   const Tensor nll = at::nll_loss(at::log_softmax(logits, -1), targets, {}, at::Reduction::None, -100);
   const Tensor loss = (token_weights.defined() ? nll * token_weights : nll).sum();
   return {loss, nll.detach()};
@@ -219,7 +217,7 @@ Tensor segment_pool(const Tensor& x, const Tensor& offsets, bool max, const Tens
   const Tensor count = at::zeros({units + 1}, offsets.options()).index_add(0, unit, at::ones_like(row));
   const Tensor some = count.narrow(0, 0, units).unsqueeze(1);
   if (!max) {
-    const Tensor seen = x.to(accumulate_type(x)).masked_fill((unit == units).unsqueeze(1), 0);
+    const Tensor seen = x.to(cpu::accumulate_type(x)).masked_fill((unit == units).unsqueeze(1), 0);
     const Tensor sum = at::segment_reduce(seen, "sum", {}, {}, offsets, 0, /*unsafe=*/true);
     return (sum / some.clamp_min(1)).to(x.scalar_type());
   }

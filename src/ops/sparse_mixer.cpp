@@ -6,13 +6,13 @@
 
 #include <ATen/Dispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/custom_class.h>
 #include <torch/types.h>
 
 #include "hymoe/ops/plain.h"
 #include "kernels/sparse_mixer.h"
 #include "ops/cpu.h"
 #include "ops/device.h"
+#include "ops/kept.h"
 #include "ops/scores.h"
 
 namespace hymoe::ops {
@@ -21,10 +21,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-at::ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 // Random bits of a row's experts in one round; `bits` has room for a multiple of 128.
 HYMOE_SIMD void draw_row(uint64_t seed, int64_t row, int64_t round, int64_t experts, uint32_t* bits) {
@@ -167,17 +163,12 @@ void mix_backward_on_cpu(const kernels::SparseMixerBackward& a) {
   });
 }
 
-struct KeptMixing : torch::CustomClassHolder {
-  explicit KeptMixing(const kernels::Mixing& m) : mixing(m) {}
-  kernels::Mixing mixing;
-};
-
 // -> weights, scores, ids. dz_j = Σ_k dw_k·p_D·(1[j = D] - p_j), p and D of round k.
 struct SparseMixer : Function<SparseMixer> {
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const SparseMixerOptions& options,
                                const SparseMixerNoise& noise) {
     const int64_t rows = logits.size(0), experts = logits.size(1), top_k = options.top_k;
-    const auto type = logits.options().dtype(accumulate_type(logits));
+    const auto type = logits.options().dtype(cpu::accumulate_type(logits));
     const bool given = noise.exponential.defined();
     const kernels::Mixing mixing{.num_rows = rows,
                                  .experts = experts,
@@ -208,7 +199,7 @@ struct SparseMixer : Function<SparseMixer> {
                                       [&] { mix_on_cpu<scalar_t>(args); });
     }
     ctx->save_for_backward({logits, ids});
-    ctx->saved_data["mixing"] = c10::IValue::make_capsule(c10::make_intrusive<KeptMixing>(mixing));
+    keep(ctx, mixing);
     ctx->mark_non_differentiable({ids});
     ctx->set_materialize_grads(false);
     return {weights, scores, ids};
@@ -217,7 +208,6 @@ struct SparseMixer : Function<SparseMixer> {
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &logits = saved[0], &ids = saved[1];
-    const auto kept = ctx->saved_data["mixing"].toCapsule();
     const auto given = [](const Tensor& d) { return d.defined() ? d.contiguous() : d; };
     const Tensor d_weights = given(gradients[0]), d_scores = given(gradients[1]);
     Tensor d_logits = at::empty(logits.sizes(), logits.options());
@@ -226,7 +216,7 @@ struct SparseMixer : Function<SparseMixer> {
                                             .d_weights = device::address(d_weights),
                                             .d_scores = device::address(d_scores),
                                             .d_logits = device::address(d_logits),
-                                            .mixing = static_cast<const KeptMixing&>(*kept).mixing,
+                                            .mixing = kept<kernels::Mixing>(ctx),
                                             .dtype = device::dtype(logits)};
     if (device::takes(logits)) {
       kernels::sparse_mixer_backward(args, device::stream(logits));
@@ -256,7 +246,7 @@ SparseMixerNoise sparse_mixer_noise(const Tensor& logits, int64_t top_k, uint64_
       u[i] = uniform_of(seed, i % rows, i / rows);
     }
   });
-  const auto options = logits.options().dtype(accumulate_type(logits));
+  const auto options = logits.options().dtype(cpu::accumulate_type(logits));
   return {exponential.to(options), uniform.to(options)};
 }
 

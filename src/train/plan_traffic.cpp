@@ -118,9 +118,7 @@ void TrafficPlanner::agreement() {
   for (const BranchConfig& branch : s_.model.moe.branches) {
     const RouterConfig& router = branch.router;
     const auto experts = static_cast<double>(branch.num_experts);
-    const bool chooses = router.kind == "topk" || router.kind == "sparse_mixer" ||
-                         (router.kind == "segment" && router.select == "top_k");
-    if (chooses && router.balance_loss > 0 && router.balance_over == "global_batch")
+    if (router.chooses_top_k() && router.balance_loss > 0 && router.balance_over == "global_batch")
       balance += experts * kLong;
     if (router.bias_update) state += experts * kLong;
     if (router.kind == "threshold" || (router.kind == "segment" && router.select == "threshold"))

@@ -1,14 +1,12 @@
 #include <cuda_runtime.h>
 
 #include <cstdlib>
-#include <utility>
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/types.h>
 
 #include "emulation/emulation.h"
-#include "emulation/ops_device.h"
 #include "ops/device.h"
 
 // The place of the emulation in a test program with the kernels that nvcc compiled: tensors "on the CPU" lie
@@ -17,7 +15,6 @@
 namespace hymoe::emulation {
 namespace {
 
-bool emulating = false;
 int64_t calls = 0;
 
 void release(void* address) { cudaFreeHost(address); }
@@ -47,9 +44,6 @@ const bool prepared = [] {
 
 }  // namespace
 
-Emulate::Emulate(bool on) : before_(std::exchange(emulating, on)) {}
-Emulate::~Emulate() { emulating = before_; }
-
 Order set_order(Order wanted) { return wanted; }
 int64_t launches() { return calls; }
 int64_t launches(const std::string&) { return calls; }
@@ -58,20 +52,9 @@ int64_t launches(const std::string&) { return calls; }
 
 namespace hymoe::ops::device {
 
-bool takes(const Tensor& x) { return emulation::emulating && x.is_cpu(); }
-
-int generation(const Tensor&) { return 9; }
-
 kernels::Stream stream(const Tensor&) {
   ++emulation::calls;
   return nullptr;
-}
-
-void* address(const Tensor& x) {
-  if (!x.defined()) return nullptr;
-  TORCH_CHECK(x.is_contiguous(), "a kernel wants contiguous tensors, got sizes ", x.sizes(), ", strides ",
-              x.strides());
-  return view_address(x);
 }
 
 void* view_address(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }

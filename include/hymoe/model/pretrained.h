@@ -43,6 +43,10 @@ nlohmann::ordered_json export_config_json(const ModelConfig& config, at::ScalarT
 Transformer load_pretrained(const std::filesystem::path& dir, at::Device device = at::kCPU,
                             at::ScalarType dtype = at::kFloat, const Mesh& mesh = {});
 
+/// Throws what loading them would for files that do not hold the tensors of `model`, which may be an outline,
+/// under our names.
+void check_weights(const SafetensorsFolder& files, const Transformer& model);
+
 /// The same into a model that is there (its device, its dtypes), from a folder with the tensors of it.
 void load_weights(Transformer& model, const std::filesystem::path& dir);
 

@@ -171,6 +171,10 @@ struct RouterConfig {
     return normalize.value_or(kind != "segment" && kind != "expert_choice" && kind != "threshold" &&
                               kind != "sparse_mixer");
   }
+  /// Of the kinds that are ours: whether a unit chooses `top_k` experts, or experts take units, of which each
+  /// goes to `bucket` at most.
+  bool chooses_top_k() const;
+  bool is_taken() const;
   /// Experts that a unit of E reaches on average.
   double experts_per_unit() const;
 };
