@@ -66,6 +66,10 @@ template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, Stream stream,
             A... arguments) {
   if (blocks == 0) return;
+  if (blocks < 0 || blocks > 0x7fffffff) {
+    throw std::runtime_error(std::string(name) + ": a grid has 1 to 2^31 - 1 blocks, got " +
+                             std::to_string(blocks));
+  }
   std::tuple<P...> values{static_cast<P>(arguments)...};
   const cudaError_t status = std::apply(
       [&](auto&... value) {

@@ -24,6 +24,7 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr size_t kStack = size_t{64} << 10;
+constexpr int64_t kMostBlocks = 0x7fffffff;
 
 enum class State { kReady, kAtBlockBarrier, kInWarp, kEnded };
 enum class Meeting { kBarrier, kShuffle, kBallot, kMatch };
@@ -49,6 +50,7 @@ struct Thread {
 std::map<const std::byte*, Range> memory;  // by end
 std::map<std::string, int64_t> launch_counts;
 Order order = Order::kForward;
+int64_t most_blocks = kMostBlocks;
 std::recursive_mutex mutex;  // ranks of a test are threads
 int64_t blocks_run = 0;
 
@@ -192,11 +194,11 @@ bool release_block() {
   return true;
 }
 
-std::vector<int64_t> turns(int64_t n) {
-  std::vector<int64_t> all(n);
-  std::iota(all.begin(), all.end(), 0);
+std::vector<int64_t> turns(int64_t first, int64_t end) {
+  std::vector<int64_t> all(end - first);
+  std::iota(all.begin(), all.end(), first);
   if (order == Order::kReverse) std::reverse(all.begin(), all.end());
-  if (order == Order::kShuffled) std::shuffle(all.begin(), all.end(), std::mt19937_64(n));
+  if (order == Order::kShuffled) std::shuffle(all.begin(), all.end(), std::mt19937_64(end));
   return all;
 }
 
@@ -261,6 +263,9 @@ void check_access(const void* address, size_t bytes, size_t alignment, const Ran
 
 Order set_order(Order wanted) { return std::exchange(order, wanted); }
 
+LastBlocks::LastBlocks(int64_t most) : before_(std::exchange(most_blocks, most)) {}
+LastBlocks::~LastBlocks() { most_blocks = before_; }
+
 int64_t launches() {
   const std::lock_guard lock(mutex);
   int64_t all = 0;
@@ -278,7 +283,7 @@ void run(const char* name, int64_t blocks, int threads, const std::function<void
   const std::lock_guard lock(mutex);
   block.kernel = name;
   block.running = -1;
-  if (blocks < 0 || blocks > 0x7fffffff)
+  if (blocks < 0 || blocks > kMostBlocks)
     fail("a grid has 1 to 2^31 - 1 blocks, got " + std::to_string(blocks));
   if (threads < 1 || threads > 1024) fail("a block has 1 to 1024 threads, got " + std::to_string(threads));
   ++launch_counts[name];
@@ -287,8 +292,8 @@ void run(const char* name, int64_t blocks, int threads, const std::function<void
   if (block.threads.size() < static_cast<size_t>(threads)) block.threads = std::vector<Thread>(threads);
   blockDim = {static_cast<unsigned>(threads), 1, 1};
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
-  const auto order_of_threads = turns(threads);
-  for (const int64_t b : turns(blocks)) {
+  const auto order_of_threads = turns(0, threads);
+  for (const int64_t b : turns(std::max<int64_t>(0, blocks - most_blocks), blocks)) {
     blockIdx = {static_cast<unsigned>(b), 0, 0};
     run_block(order_of_threads);
   }

@@ -36,6 +36,17 @@ enum class Order { kForward, kReverse, kShuffled };
 /// -> the order before.
 Order set_order(Order order);
 
+/// While one of these lives, launches run only so many blocks, the last of their grid.
+class LastBlocks {
+ public:
+  explicit LastBlocks(int64_t most);
+  ~LastBlocks();
+  LastBlocks(const LastBlocks&) = delete;
+
+ private:
+  int64_t before_;
+};
+
 /// Kernels run so far, and those of one name.
 int64_t launches();
 int64_t launches(const std::string& name);

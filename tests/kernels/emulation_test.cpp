@@ -241,6 +241,22 @@ TEST(Emulation, RefusesGridsAndBlocksThatCudaRefuses) {
   EXPECT_NO_THROW(launch("kernel", leave_early, 0, 32, nullptr));
 }
 
+void note_block(Global<unsigned> x) { x[gridDim.x - 1 - blockIdx.x] = blockIdx.x; }
+
+TEST(Emulation, RunsTheLastBlocksAlone) {
+  std::vector<unsigned> x(3);
+  register_memory(x.data(), 2 * sizeof(unsigned));
+  for (const Order order : kOrders) {
+    const InOrder guard(order);
+    const LastBlocks last(2);
+    launch("kernel", note_block, 0x7fffffff, 1, nullptr, x.data());
+    EXPECT_EQ(x, (std::vector<unsigned>{0x7ffffffe, 0x7ffffffd, 0}));
+    launch("kernel", note_block, 1, 1, nullptr, x.data());
+    EXPECT_EQ(x[0], 0);
+  }
+  EXPECT_THROW(launch("kernel", note_block, 3, 1, nullptr, x.data()), Error);
+}
+
 // Order.
 
 void reverse_warps(Global<int> x, Global<int> votes) {

@@ -47,6 +47,15 @@ TEST(GroupedOnDevice, ZeroesTheMatricesOfExpertsWithoutRows) {
   }
 }
 
+TEST(GroupedOnDevice, RefusesMoreBlocksThanAGridHas) {
+  const Tensor x = at::zeros({8}, at::kBFloat16), counts = ints({0});
+  for (const int64_t experts : {int64_t{1} << 31, (int64_t{1} << 32) + 1}) {
+    EXPECT_THROW(
+        kernels::zero_without_rows({device::address(x), device::data<int64_t>(counts), experts, 16}, nullptr),
+        std::runtime_error);
+  }
+}
+
 // Rows behind those of the last expert, whatever they are, change no other row and no weight.
 TEST(GroupedOnDevice, LeavesSpareRowsAlone) {
   const emulation::Emulate emulate;
