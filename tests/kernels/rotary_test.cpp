@@ -45,6 +45,8 @@ TEST(RotaryKernel, TakesStridedRowsAndHeadsAtAnyAddress) {
     expect_rounded(op({view}), plain({view.to(at::kFloat)}), 1e-4);
     expect_rounded(op({view.narrow(1, 1, 3)}), plain({view.narrow(1, 1, 3).to(at::kFloat)}), 1e-4);
   }
+  const Tensor apart = at::randn({3, 2, 5, 20}, at::kBFloat16).select(1, 0).narrow(2, 0, 16);
+  expect_rounded(op({apart}), plain({apart.to(at::kFloat)}), 1e-4);
   const Tensor heads_first = at::randn({5, 3, 16}).transpose(0, 1);
   expect_close(op({heads_first}), plain({heads_first}), 1e-6);
 }

@@ -80,6 +80,24 @@ TEST(AdamWStep, GivesTheSameBitsInAnyPart) {
   }
 }
 
+// What a rank owns of a gradient need not lie like its moments.
+TEST(AdamWStep, TakesEachTensorAtAnyAddress) {
+  const int64_t n = 41;
+  const Tensor g = at::randn({n}).to(at::kBFloat16);
+  const State start(at::randn({n}), at::kBFloat16);
+  const auto updated = [&](int moved) {
+    int i = 0;
+    const auto place = [&](const Tensor& x) {
+      return at::empty({n + 1}, x.options()).narrow(0, i++ == moved, n).copy_(x);
+    };
+    const Tensor gradient = place(g), target = place(start.target), m = place(start.exp_avg),
+                 v = place(start.exp_avg_sq), parameter = place(start.parameter);
+    adamw_step(options(1), gradient, target, m, v, parameter);
+    return at::stack({target, m, v, parameter.to(at::kFloat)});
+  };
+  for (int moved = 0; moved < 5; ++moved) EXPECT_TRUE(updated(moved).equal(updated(-1))) << moved;
+}
+
 TEST(AdamWStep, RefusesWrongState) {
   const Tensor x = at::zeros({4}), y = at::zeros({4, 2}).select(1, 0);
   expect_error([&] { adamw_step({}, x, x, x, at::zeros({5})); }, "have the gradient's 4 elements, got [5]");

@@ -110,6 +110,13 @@ TEST(TopkGates, GradientsOfSomeResultsAlone) {
   }
 }
 
+TEST(TopkGates, SumsNearZeroHaveNoGradient) {
+  const Tensor z = (at::rand({5, 6}, at::kDouble) - 48).set_requires_grad(true);  // scores of 2e-21
+  const GateOptions options{.top_k = 2, .sigmoid = true};
+  expect_same([&](const Tensors& in) { return together(topk_gates(in[0], options)); },
+              [&](const Tensors& in) { return together(plain::topk_gates(in[0], options, {})); }, {z}, 1e-12);
+}
+
 TEST(TopkGates, ChoosesByTheScoresThatItReturns) {
   const Tensor logits = at::randn({300, 20}).to(at::kBFloat16), bias = at::randn({19}) * 0.1;
   const Gates g = topk_gates(logits, {.top_k = 4, .shared_last = true}, bias);

@@ -214,14 +214,18 @@ TEST(SparseMixer, LowerIndexWinsTiesAndDegenerateLogits) {
   const Gates negative = sparse_mixer(at::tensor({-1.0, -1.1, -3.0}).view({1, 3}), {.top_k = 1, .eps = 0.1});
   EXPECT_NEAR(negative.weights.item<double>(), 1 / (1 + std::exp(-0.1)), 1e-6);
   for (const bool training : {false, true}) {
+    const auto noise = [&](const Tensor& z) {
+      return training ? sparse_mixer_noise(z, 3) : SparseMixerNoise{};
+    };
     const Tensor nan = at::full({2, 4}, NAN);
-    const Tensor ids =
-        sparse_mixer(nan, {.top_k = 3}, training ? sparse_mixer_noise(nan, 3) : SparseMixerNoise{}).ids;
+    const Tensor ids = sparse_mixer(nan, {.top_k = 3}, noise(nan)).ids;
     EXPECT_TRUE(ids.equal(ints({0, 1, 2}).expand({2, 3})));
+    const Tensor alone = at::full({2, 4}, -INFINITY).index_fill_(1, ints({2}), 1);
+    const Tensor rest = sparse_mixer(alone, {.top_k = 3}, noise(alone)).ids;
+    EXPECT_TRUE(rest.equal(ints({2, 0, 1}).expand({2, 3}))) << "nobody is chosen twice";
     const Tensor none = at::zeros({0, 4}).set_requires_grad(true);
-    const Gates g =
-        sparse_mixer(none, {.top_k = 2}, training ? sparse_mixer_noise(none, 2) : SparseMixerNoise{});
-    EXPECT_EQ(g.ids.sizes(), at::IntArrayRef({0, 2}));
+    const Gates g = sparse_mixer(none, {.top_k = 3}, noise(none));
+    EXPECT_EQ(g.ids.sizes(), at::IntArrayRef({0, 3}));
     g.weights.sum().backward();
     EXPECT_EQ(none.grad().sizes(), none.sizes());
   }

@@ -35,7 +35,8 @@ Tensor permute(const Tensor& x, const Permutation& permutation);
 
 /// The way back, weighted: y[t] = base_weight[t]·base[t] + Σ_k weights[t, k]·rows[slot_row[t, k]] -> [T, D],
 /// summed in fp32 (fp64 for fp64 rows). rows [R, D]; weights [T, K] fp32 (undefined: 1); base [T, D]
-/// (undefined: none); base_weight [T] fp32 (undefined: 1). Differentiable in all four.
+/// (undefined: none); base_weight [T] fp32 (undefined: 1). Differentiable in all four; rows that no slot
+/// names have anything for a gradient.
 Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
                  const Tensor& base = {}, const Tensor& base_weight = {});
 
