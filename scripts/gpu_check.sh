@@ -43,6 +43,7 @@ say '| check | result | time |'
 say '|---|---|---|'
 check 'build with CUDA and NCCL' ./scripts/check_cuda.sh
 check 'operations on the kernels' "$build/tests/ops_test_gpu" --emulate=forward
+check 'layers without a wait and in a graph' "$build/tests/moe_test_gpu"
 check 'NCCL' "$build/tests/comm_test" --gtest_filter='*Nccl*'
 for tool in memcheck racecheck synccheck initcheck; do
   if command -v compute-sanitizer >/dev/null; then

@@ -1,5 +1,6 @@
 #include "hymoe/moe/dispatcher.h"
 
+#include <algorithm>
 #include <numeric>
 #include <optional>
 
@@ -23,6 +24,10 @@ void check_routing(const Routing& routing, const Tensor& x, size_t branch) {
                 "Dispatcher: routing ", branch, " must have offsets [", ids.size(0) + 1, "] on ", x.device(),
                 ", got ", offsets.sizes(), " on ", offsets.device());
   }
+}
+
+Tensor join(const std::vector<Tensor>& parts, int64_t dim) {
+  return parts.size() == 1 ? parts[0] : at::cat(parts, dim);
 }
 
 }  // namespace
@@ -55,34 +60,73 @@ Dispatched Dispatcher::plan(const Tensor& x, const std::vector<Routing>& routing
   TORCH_CHECK(routings.size() == num_experts_.size() && !routings.empty(), "Dispatcher: wanted ",
               num_experts_.size(), " routings, got ", routings.size());
   std::vector<Tensor> ids, weights;
-  int64_t before = 0;
+  std::vector<int64_t> max_rows;
   for (size_t b = 0; b < routings.size(); ++b) {
     const Routing& routing = routings[b];
     check_routing(routing, x, b);
-    const Tensor& chosen = routing.expert_ids;
-    const int64_t local = num_experts_[b] / ep_.size();
-    // Numbers go by rank, then branch, so that what goes to a rank lies together.
-    Tensor number = chosen;
-    if (ep_.size() > 1) number = number + chosen.div(local, "floor") * (num_local_ - local);
-    if (before > 0 || ep_.size() > 1) number = at::where(chosen < 0, chosen, number + before);
-    ids.push_back(expand_units(number, routing.offsets, x.size(0)));
+    ids.push_back(expand_units(routing.expert_ids, routing.offsets, x.size(0)));
+    if (padding.defined()) ids[b] = ids[b].masked_fill(padding.unsqueeze(1), -1);
     weights.push_back(expand_units(routing.weights, routing.offsets, x.size(0)));
-    before += local;
+    if (routing.max_rows) max_rows.push_back(std::min(*routing.max_rows, ids[b].numel()));
   }
   Dispatched d;
-  Tensor all_ids = ids.size() == 1 ? ids[0] : at::cat(ids, 1);
-  d.weights = weights.size() == 1 ? weights[0] : at::cat(weights, 1);
-  if (padding.defined()) {
-    all_ids = all_ids.masked_fill(padding.unsqueeze(1), -1);
-    d.weights = d.weights * padding.logical_not().unsqueeze(1);
+  d.weights = join(weights, 1);
+  if (padding.defined()) d.weights = d.weights * padding.logical_not().unsqueeze(1);
+  if (spare && ep_.size() == 1 && max_rows.size() == ids.size()) {
+    sort_apart(ids, max_rows, d);
+  } else {
+    sort_together(ids, d);
+    for (size_t b = 0; b < routings.size() && ep_.size() == 1; ++b) {
+      const int64_t rows = d.begin[b + 1] - d.begin[b], most = routings[b].max_rows.value_or(rows);
+      TORCH_CHECK(rows <= most, "Dispatcher: routing ", b, " has max_rows ", most, ", but ", rows,
+                  " rows go to experts");
+    }
   }
+  return d;
+}
+
+// Each branch has its span of rows, however many of them its experts fill.
+void Dispatcher::sort_apart(const std::vector<Tensor>& ids, const std::vector<int64_t>& max_rows,
+                            Dispatched& d) const {
+  std::vector<Tensor> counts, sources, slots;
+  d.begin = {0};
+  for (size_t b = 0; b < ids.size(); ++b) {
+    const ops::Permutation p = ops::sort_by_expert(ids[b], num_experts_[b], max_rows[b]);
+    const int64_t begin = d.begin.back();
+    counts.push_back(p.rows_per_expert);
+    sources.push_back(p.source_row);
+    slots.push_back(begin == 0 ? p.slot_row : at::where(p.slot_row < 0, p.slot_row, p.slot_row + begin));
+    d.begin.push_back(begin + max_rows[b]);
+  }
+  d.load = d.rows_per_expert = join(counts, 0);
+  d.permutation = {
+      .rows_per_expert = d.load, .source_row = join(sources, 0), .slot_row = join(slots, 1), .counts = {}};
+}
+
+void Dispatcher::sort_together(std::vector<Tensor> ids, Dispatched& d) const {
+  const int64_t ranks = ep_.size();
+  int64_t before = 0;
+  for (size_t b = 0; b < ids.size(); ++b) {
+    const int64_t local = num_experts_[b] / ranks;
+    // Numbers go by rank, then branch, so that what goes to a rank lies together.
+    Tensor number = ids[b];
+    if (ranks > 1) number = number + ids[b].div(local, "floor") * (num_local_ - local);
+    if (before > 0 || ranks > 1) ids[b] = at::where(ids[b] < 0, ids[b], number + before);
+    before += local;
+  }
+  const Tensor all = join(ids, 1);
   // Of several ranks each waits for the counts of all.
-  const auto slots = spare || ep_.size() > 1 ? std::optional(all_ids.numel()) : std::nullopt;
-  d.permutation = ops::sort_by_expert(all_ids, num_local_ * ep_.size(), slots);
+  d.permutation =
+      ops::sort_by_expert(all, num_local_ * ranks, ranks > 1 ? std::optional(all.numel()) : std::nullopt);
   d.load = d.rows_per_expert = d.permutation.rows_per_expert;
   d.counts = d.permutation.counts;
-  if (ep_.size() > 1) count_arrivals(d);
-  return d;
+  if (ranks > 1) count_arrivals(d);
+  d.begin = {0};
+  const int64_t* count = d.counts.const_data_ptr<int64_t>();
+  for (const int64_t experts : num_experts_) {
+    d.begin.push_back(std::accumulate(count, count + experts / ranks, d.begin.back()));
+    count += experts / ranks;
+  }
 }
 
 void Dispatcher::count_arrivals(Dispatched& d) const {

@@ -198,10 +198,8 @@ MoEOutput MoEImpl::forward(const Tensor& x, const Packing& packing, bool recompu
   Tensor shared_weight = shared_.is_empty() ? Tensor() : shared_coefficient(x, routings);
   Dispatched dispatched;
   if (!branches_.empty()) {
-    // Nobody need wait for the number of rows where almost all slots have an expert, to spare a few rows.
-    const bool spare = branches_.size() == 1 && mesh_.ep.size() == 1 &&
-                       config_.branches[0].router.chooses_top_k() &&
-                       branches_[0]->experts->counts_on_device(x);
+    const bool spare = std::all_of(branches_.begin(), branches_.end(),
+                                   [&](const auto& b) { return b->experts->counts_on_device(x); });
     dispatched = dispatcher_.plan(x, routings, packing.padding, spare);
   }
   if (config_.fusion == "preserve") preserve(dispatched.weights, shared_weight);
@@ -311,11 +309,10 @@ Tensor MoEImpl::run_experts(const Dispatched& dispatched) const {
   };
   if (branches_.size() == 1) return run(0, dispatched.rows, 0);
   std::vector<Tensor> results;
-  int64_t row = 0, expert = 0;
+  int64_t expert = 0;
   for (size_t b = 0; b < branches_.size(); ++b) {
-    const int64_t rows = dispatched.counts.narrow(0, expert, experts[b]).sum().item<int64_t>();
-    results.push_back(run(b, dispatched.rows.narrow(0, row, rows), expert));
-    row += rows;
+    const int64_t begin = dispatched.begin[b], end = dispatched.begin[b + 1];
+    results.push_back(run(b, dispatched.rows.narrow(0, begin, end - begin), expert));
     expert += experts[b];
   }
   return at::cat(results);

@@ -57,15 +57,19 @@ SegmentRouter::SegmentRouter(const RouterArgs& args)
   }
 }
 
+bool SegmentRouter::by_expert_choice() const {
+  return config_.select == "expert_choice" || (config_.select == "predictor" && is_training());
+}
+
 bool SegmentRouter::causal() const {
-  const bool choice = config_.select == "expert_choice" || (config_.select == "predictor" && is_training());
-  return !choice && (config_.score != "own" || config_.segment_len == 1);
+  return !by_expert_choice() && (config_.score != "own" || config_.segment_len == 1);
 }
 
 bool SegmentRouter::batch_independent() const {
-  const bool choice = config_.select == "expert_choice" || (config_.select == "predictor" && is_training());
-  return !choice || config_.choice_pool == "sequence";
+  return !by_expert_choice() || config_.choice_pool == "sequence";
 }
+
+int64_t SegmentRouter::window_len() const { return config_.score == "sliding" ? 1 : config_.segment_len; }
 
 Tensor SegmentRouter::pool(const Tensor& x, const Packing& packing, const Windows& w) {
   const bool max = config_.pooling == "max";
@@ -180,6 +184,15 @@ Tensor SegmentRouter::prefix_choice(const Tensor& logits, const Windows& w, Deco
   return joined.place.defined() ? taken.index_select(0, joined.place) : taken;
 }
 
+// Expert choice takes no more than the capacity, whatever it takes; the others' rows may come to any number.
+std::optional<int64_t> SegmentRouter::max_rows(int64_t rows, int64_t windows) const {
+  if (config_.select == "top_k") return rows * config_.top_k;
+  if (!by_expert_choice()) return {};
+  const bool by_rows = config_.capacity_unit == "rows";
+  const auto units = static_cast<double>(by_rows ? rows : windows);
+  return (by_rows ? 1 : window_len()) * static_cast<int64_t>(std::ceil(units * config_.capacity));
+}
+
 // [U] what a window counts towards capacity; 0 when it is padding.
 Tensor SegmentRouter::size_of(const Windows& w) const {
   return config_.capacity_unit == "rows" ? w.rows : (w.rows > 0).to(at::kLong);
@@ -240,7 +253,7 @@ void SegmentRouter::decide(const Tensor& logits, const Tensor& scoring, const Wi
 }
 
 Routing SegmentRouter::forward(const Tensor& x, const Packing& packing) {
-  const Windows w = cut_windows(x, packing, config_.score == "sliding" ? 1 : config_.segment_len);
+  const Windows w = cut_windows(x, packing, window_len());
   const Tensor pooled = pool(x, packing, w);
   const Tensor scored = scoring(x, pooled, w, packing.state);
   const Tensor logits = at::linear(scored, weight_.to(scored.scalar_type()));
@@ -258,6 +271,7 @@ Routing SegmentRouter::forward(const Tensor& x, const Packing& packing) {
           .offsets = w.offsets,
           .shared_weight = {},
           .aux_loss = loss,
+          .max_rows = packing.state ? std::nullopt : max_rows(x.size(0), w.document.size(0)),
           .metrics = std::move(d.metrics)};
 }
 

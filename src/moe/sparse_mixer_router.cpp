@@ -22,7 +22,7 @@ Routing SparseMixerRouter::forward(const Tensor& x, const Packing& packing) {
   const auto gates = ops::sparse_mixer(
       logits, {.top_k = config_.top_k, .eps = config_.mixer_eps, .star = config_.mixer_variant == "v2_star"},
       noise);
-  Routing routing{.expert_ids = gates.ids, .weights = gates.weights};
+  Routing routing{.expert_ids = gates.ids, .weights = gates.weights, .max_rows = gates.ids.numel()};
   const Tensor real = exclude_padding(routing, packing);
   routing.aux_loss = losses_({logits, gates.scores, routing.expert_ids, real}, packing, learning);
   routing.metrics["router_entropy"] = router_entropy(gates.scores, real);

@@ -1,5 +1,7 @@
 #include "hymoe/moe/topk_router.h"
 
+#include <cmath>
+
 #include <torch/types.h>
 
 #include "hymoe/config/config.h"
@@ -37,7 +39,10 @@ Routing TopkRouter::forward(const Tensor& x, const Packing& packing) {
                                       .shared_last = config_.shared == "inside",
                                       .scale = config_.scale},
                                      bias_);
-  Routing routing{.expert_ids = gates.ids, .weights = gates.weights, .shared_weight = gates.shared_weight};
+  Routing routing{.expert_ids = gates.ids,
+                  .weights = gates.weights,
+                  .shared_weight = gates.shared_weight,
+                  .max_rows = gates.ids.numel()};
   const Tensor real = exclude_padding(routing, packing);
   const Tensor scores = gates.scores.narrow(1, 0, num_experts_);
   routing.aux_loss = losses_({logits, scores, routing.expert_ids, real}, packing, learning);
@@ -52,10 +57,11 @@ Routing TopkRouter::forward(const Tensor& x, const Packing& packing) {
 void TopkRouter::drop(Routing& routing, const Tensor& real) const {
   const Tensor ids = routing.expert_ids, chosen = ids >= 0;
   const Tensor rows = real.defined() ? real.sum() : at::scalar_tensor(ids.size(0), ids.options());
-  const double share =
-      config_.capacity_factor * static_cast<double>(config_.top_k) / static_cast<double>(num_experts_);
   // A whole number that the product misses by rounding is not to become the next one.
-  const Tensor capacity = (rows.to(at::kDouble) * (share * (1 - 1e-9))).ceil();
+  const double share = (1 - 1e-9) * config_.capacity_factor * static_cast<double>(config_.top_k) /
+                       static_cast<double>(num_experts_);
+  const Tensor capacity = (rows.to(at::kDouble) * share).ceil();
+  routing.max_rows = num_experts_ * static_cast<int64_t>(std::ceil(static_cast<double>(ids.size(0)) * share));
   const bool by_weight = config_.drop == "probability";
   const Tensor rank = ops::rank_within_expert(ids, num_experts_, by_weight ? routing.weights : Tensor());
   const Tensor kept = chosen.logical_and(rank < capacity);

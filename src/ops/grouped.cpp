@@ -24,7 +24,7 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 std::vector<int64_t> to_vector(const Tensor& counts) {
-  const Tensor c = counts.to(at::kCPU).contiguous();
+  const Tensor c = counts.cpu().contiguous();
   return {c.const_data_ptr<int64_t>(), c.const_data_ptr<int64_t>() + c.numel()};
 }
 

@@ -1,5 +1,11 @@
 #include "hymoe/moe/dispatcher.h"
 
+#include <memory>
+#include <set>
+#include <string>
+#include <string_view>
+
+#include <ATen/record_function.h>
 #include <gtest/gtest.h>
 
 #include "emulation/emulation.h"
@@ -18,9 +24,10 @@ TEST(Dispatcher, LeavesSpareRowsBehindTheLastExperts) {
     const emulation::Emulate emulate(emulated);
     const Dispatcher dispatcher({3});
     const auto exact = dispatcher.plan(x, {{.expert_ids = kIds, .weights = weights}}, padding);
-    auto d = dispatcher.plan(x, {{.expert_ids = kIds, .weights = weights}}, padding, /*spare=*/true);
+    const Routing known{.expert_ids = kIds, .weights = weights, .max_rows = 6};
+    auto d = dispatcher.plan(x, {known}, padding, /*spare=*/true);
     EXPECT_TRUE(exact.counts.equal(exact.rows_per_expert));
-    EXPECT_EQ(d.counts.defined(), !emulated) << "the host waited";
+    EXPECT_FALSE(d.counts.defined()) << "the host waited";
     EXPECT_TRUE(d.rows_per_expert.equal(exact.rows_per_expert));
     dispatcher.send(x, d);
     EXPECT_TRUE(d.rows.narrow(0, 3, 3).equal(at::zeros({3, 4})));
@@ -29,8 +36,82 @@ TEST(Dispatcher, LeavesSpareRowsBehindTheLastExperts) {
   }
 }
 
-// With kernels, in bf16: all products of a layer at once, and for choosers of top_k experts no look at the
-// counts.
+TEST(Dispatcher, GivesEachBranchTheRowsItMayNeed) {
+  const Tensor x = at::randn({3, 4}), windows = at::tensor({1, 0}, at::kLong).view({2, 1});
+  const std::vector<Routing> known = {{.expert_ids = kIds, .weights = at::rand({3, 2}), .max_rows = 6},
+                                      {.expert_ids = windows,
+                                       .weights = at::rand({2, 1}),
+                                       .offsets = at::tensor({0, 2, 3}, at::kLong),
+                                       .max_rows = 5}};
+  std::vector<Routing> unknown = known;
+  unknown[1].max_rows.reset();
+  for (const bool emulated : {false, true}) {
+    const emulation::Emulate emulate(emulated);
+    const Dispatcher dispatcher({3, 2});
+    const auto exact = dispatcher.plan(x, unknown, {}, /*spare=*/true);
+    auto d = dispatcher.plan(x, known, {}, /*spare=*/true);
+    EXPECT_TRUE(exact.counts.defined());
+    EXPECT_EQ(exact.begin, (std::vector<int64_t>{0, 5, 8}));
+    EXPECT_EQ(d.begin, (std::vector<int64_t>{0, 6, 9}))
+        << "three rows have three slots, whatever max_rows says";
+    EXPECT_TRUE(d.rows_per_expert.equal(exact.rows_per_expert));
+    EXPECT_TRUE(d.load.equal(exact.load));
+    auto packed = exact;
+    dispatcher.send(x, packed);
+    dispatcher.send(x, d);
+    EXPECT_TRUE(d.rows.narrow(0, 0, 5).equal(packed.rows.narrow(0, 0, 5)));
+    EXPECT_TRUE(d.rows.narrow(0, 5, 1).equal(at::zeros({1, 4})));
+    EXPECT_TRUE(d.rows.narrow(0, 6, 3).equal(packed.rows.narrow(0, 5, 3)));
+    EXPECT_EQ(max_difference(dispatcher.combine(d.rows, d), dispatcher.combine(packed.rows, packed)), 0);
+  }
+}
+
+TEST(Dispatcher, RefusesRoutingsWithMoreRowsThanTheySay) {
+  const Routing routing{.expert_ids = kIds, .weights = at::rand({3, 2}), .max_rows = 4};
+  try {
+    Dispatcher({3}).plan(at::randn({3, 4}), {routing});
+    FAIL();
+  } catch (const c10::Error& error) {
+    EXPECT_STREQ(error.what_without_backtrace(),
+                 "Dispatcher: routing 0 has max_rows 4, but 5 rows go to experts");
+  }
+}
+
+// Operations for which the host would wait for a GPU, while one of these lives on this thread.
+class Waits {
+ public:
+  Waits() : handle_(at::addThreadLocalCallback(at::RecordFunctionCallback(enter, leave).needsInputs(true))) {
+    found.clear();
+  }
+  ~Waits() { at::removeCallback(handle_); }
+  static inline std::multiset<std::string> found;
+
+ private:
+  // What LibTorch's operation does on the CPU in its inside is not what it does on a GPU.
+  static inline int inside = 0;
+  static bool closed(const at::RecordFunction& f) {
+    return std::string_view(f.name()) == "aten::_grouped_mm";
+  }
+  static std::unique_ptr<at::ObserverContext> enter(const at::RecordFunction& f) {
+    static const std::set<std::string> waiting = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal",
+                                                  "aten::masked_select", "aten::is_nonzero"};
+    inside += closed(f);
+    const std::string name = f.name();
+    const auto inputs = f.inputs();
+    // As Tensor::cpu() asks: for a device and the dtype that is there. Others want another tensor's device.
+    const bool to_host = name == "aten::to" && inputs.size() == 8 && inputs[3].isDevice() &&
+                         inputs[1].isInt() && inputs[1].toScalarType() == inputs[0].toTensor().scalar_type();
+    const bool length = name == "aten::repeat_interleave" && inputs.back().isNone();
+    if (inside == 0 && (waiting.contains(name) || to_host || length)) found.insert(name);
+    return nullptr;
+  }
+  static void leave(const at::RecordFunction& f, at::ObserverContext*) { inside -= closed(f); }
+
+  at::CallbackHandle handle_;
+};
+
+// With kernels, in bf16: all products of a layer at once, and no look at the counts where the routers say how
+// many rows there can be.
 TEST(MoE, IsTheSameWithCountsOnTheDevice) {
   const Tensor x = at::randn({24, 16}).to(at::kBFloat16);
   Packing packing = documents({10, 14});
@@ -42,17 +123,23 @@ TEST(MoE, IsTheSameWithCountsOnTheDevice) {
   BranchConfig dropping = rows;
   dropping.router.capacity_factor = 0.6;
   dropping.router.drop = "position";
-  for (const auto& branches :
-       std::vector<std::vector<BranchConfig>>{{rows}, {dropping}, {rows, windows}, {windows}}) {
+  BranchConfig threshold = windows;
+  threshold.router.select = "threshold";
+  for (const auto& branches : std::vector<std::vector<BranchConfig>>{
+           {rows}, {dropping}, {rows, windows}, {windows}, {rows, threshold}}) {
     MoEConfig config{.dim = 16, .branches = branches};
     config.shared.hidden = 8;
     torch::manual_seed(1);
     MoE moe(config);
     moe->to(at::kBFloat16);
+    for (auto& buffer : moe->named_buffers()) {
+      if (buffer.key() == "windows.router.cutoff") buffer.value().zero_();
+    }
     const auto run = [&](bool emulated) {
       const emulation::Emulate emulate(emulated);
       const Tensor in = x.clone().set_requires_grad(true);
       moe->zero_grad();
+      const Waits waits;
       const MoEOutput out = moe->forward(in, packing);
       (out.y.to(at::kFloat).square().sum() + out.aux_loss).backward();
       std::vector<Tensor> results{out.y, in.grad()};
@@ -61,6 +148,9 @@ TEST(MoE, IsTheSameWithCountsOnTheDevice) {
     };
     const int64_t before = emulation::launches("zero_without_rows");
     const auto loops = run(false), kernels = run(true);
+    const bool knows =
+        branches.back().router.select == "expert_choice" || branches.back().router.chooses_top_k();
+    EXPECT_EQ(Waits::found, knows ? std::multiset<std::string>{} : std::multiset<std::string>{"aten::to"});
     EXPECT_EQ(emulation::launches("zero_without_rows") - before, 2 * static_cast<int64_t>(branches.size()));
     for (size_t i = 0; i < loops.size(); ++i) {
       EXPECT_LE(max_difference(loops[i], kernels[i]), 3e-2 * std::max(1.0, max_abs(loops[i]))) << i;

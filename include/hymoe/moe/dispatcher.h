@@ -15,10 +15,11 @@ namespace hymoe {
 
 /// Rows on their way through the experts.
 struct Dispatched {
-  Tensor rows = {};             // [R, D] of all ranks for this rank's experts, sorted by expert
-  Tensor rows_per_expert = {};  // [E] int64, this rank's experts of all branches one after another
-  Tensor counts = {};           // rows_per_expert on the CPU; undefined where nobody waits for it
-  Tensor load = {};             // [E of all ranks] int64, as above: where this rank's own rows go
+  Tensor rows = {};                 // [R, D] of all ranks for this rank's experts, sorted by expert
+  Tensor rows_per_expert = {};      // [E] int64, this rank's experts of all branches one after another
+  Tensor counts = {};               // rows_per_expert on the CPU; undefined where nobody waits for it
+  std::vector<int64_t> begin = {};  // [B + 1] first row of each branch's experts, and R
+  Tensor load = {};                 // [E of all ranks] int64, as above: where this rank's own rows go
   Tensor weights = {};  // [T, K] fp32, of each row's slots (K of all branches), 0 where a slot is empty
   ops::Permutation permutation = {};  // of this rank's own rows
   // Where there are several ranks: rows to each and from each, and how those from all are sorted.
@@ -42,8 +43,8 @@ class Dispatcher {
                       const Tensor& padding = {}) const;
   /// Its three parts. plan decides all but the rows, and tells the other ranks how many come; send lets the
   /// rows set out; receive waits for those that come. On a GPU the host waits once, for the counts. With
-  /// `spare`, on one rank, it does not: R is then that of experts in all slots, and rows for which there are
-  /// no slots come last, as zeros.
+  /// `spare`, on one rank and where each routing has max_rows, it does not: a branch then has that many rows,
+  /// of which those that no slot fills come last, as zeros.
   Dispatched plan(const Tensor& x, const std::vector<Routing>& routings, const Tensor& padding = {},
                   bool spare = false) const;
   void send(const Tensor& x, Dispatched& dispatched) const;
@@ -55,7 +56,9 @@ class Dispatcher {
                  const Tensor& base_weight = {}) const;
 
  private:
-  void count_arrivals(Dispatched& dispatched) const;
+  void sort_apart(const std::vector<Tensor>& ids, const std::vector<int64_t>& max_rows, Dispatched& d) const;
+  void sort_together(std::vector<Tensor> ids, Dispatched& d) const;
+  void count_arrivals(Dispatched& d) const;
 
   std::vector<int64_t> num_experts_;
   int64_t num_local_ = 0;  // experts of all branches on one rank

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -58,6 +59,9 @@ struct Routing {
                               // undefined: every row is a unit
   Tensor shared_weight = {};  // [U] fp32; undefined (= 1) unless the shared expert is in the normalisation
   Tensor aux_loss = {};       // scalar fp32, coefficients applied; or undefined
+  std::optional<int64_t> max_rows =
+      {};  // most rows that go to experts, a row twice where it goes to two; set
+           // by routers that know without looking, so that a GPU is not waited for
   std::map<std::string, Tensor> metrics = {};  // for the log: fp32 scalars without gradient; logged are
                                                // means over the calls that set them
 };

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include "hymoe/moe/losses.h"
@@ -76,6 +78,9 @@ class SegmentRouter : public Router {
               Decision& decision);
   Tensor& remembered(DecodeState& state, const std::string& name, const Tensor& of_windows);
   void remember(DecodeState& state, const Tensor& pooled, const Windows& windows, Decision& decision);
+  bool by_expert_choice() const;
+  int64_t window_len() const;
+  std::optional<int64_t> max_rows(int64_t rows, int64_t windows) const;
   Tensor size_of(const Windows& windows) const;
   void record_cutoff(const Tensor& logits, const Tensor& size);
 
