@@ -401,16 +401,22 @@ class MoE(nn.Module):
         super().__init__()
         self._fusion = config.fusion
         self._names = [branch.name for branch in config.branches]
-        for branch in config.branches:
-            self.add_module(branch.name, Branch(branch, dim))
+        for branch in config.branches:  # no attributes, which modules have of their own: half, type, train
+            self._modules[branch.name] = Branch(branch, dim)
         self.shared_expert = Mlp(dim, config.shared.hidden) if config.shared.hidden > 0 else None
         self.shared_expert_gate = nn.Linear(dim, 1, bias=False) if config.shared.gate else None
         if config.fusion == "learned" and self._names:
             self.fusion = nn.Module()
             self.fusion.logits = nn.Parameter(torch.zeros(len(self._names)))
 
+    def __setattr__(self, name, value):
+        if isinstance(value, nn.Module):
+            super().__setattr__(name, value)
+        else:  # not a branch, whatever it is called: training
+            object.__setattr__(self, name, value)
+
     def forward(self, x, rows):
-        branches = [self.get_submodule(name) for name in self._names]
+        branches = [self._modules[name] for name in self._names]
         weights, shared = [], None
         for b, branch in enumerate(branches):
             of_experts, of_shared = branch.router(x, rows)
@@ -490,6 +496,14 @@ class HymoeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
+
+    def get_submodule(self, target):
+        module = self
+        for name in target.split(".") if target else []:
+            if name not in module._modules:
+                raise AttributeError(f"there is no module {target}")
+            module = module._modules[name]
+        return module
 
     def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
         """input_ids, attention_mask [B, S] -> logits [B, S, vocabulary], 0 at padding; with labels [B, S] the loss of

@@ -65,6 +65,13 @@ void add_dense(Models& models) {
   }
 }
 
+// Branches with names that modules of torch have attributes of.
+void add_names(Models& models) {
+  const std::vector<std::string> names{"half", "type", "forward", "train", "training", "weight", "_modules"};
+  ModelConfig& config = models["names"] = hybrid(std::vector<RouterConfig>(names.size()));
+  for (size_t b = 0; b < names.size(); ++b) config.moe.branches[b].name = names[b];
+}
+
 void add_token_routers(Models& models) {
   models["topk"] = hybrid({{.scale = 1.5}});
   models["sigmoid"] = hybrid({{.scoring = "sigmoid", .bias_update = 0.1}}, "learned", {8, true});
@@ -129,6 +136,7 @@ TEST(WithCode, TransformersComputesWhatWeDo) {
   if (!has_transformers()) GTEST_SKIP() << "no transformers in " HYMOE_TEST_PYTHON;
   Models models;
   add_dense(models);
+  add_names(models);
   add_token_routers(models);
   add_segment_routers(models);
   const TemporaryFolder folder;
