@@ -42,12 +42,14 @@ std::vector<std::string> seeds() {
       with(
           "qwen2",
           R"(,"use_sliding_window":true,"sliding_window":4,"max_window_layers":1,"layer_types":["full_attention","sliding_attention"])"),
-      with("qwen3", R"(,"attention_bias":true,"dtype":"float16")"),
+      with("qwen3",
+           R"(,"attention_bias":true,"dtype":"float16","rope_scaling":{"rope_type":"yarn","factor":4.0,)"
+           R"("mscale":1,"mscale_all_dim":0.7,"truncate":false,"original_max_position_embeddings":16})"),
       with("mixtral", experts),
       with("qwen2_moe",
            experts + R"(,"shared_expert_intermediate_size":8,"mlp_only_layers":[0],"decoder_sparse_step":1)"),
       with("qwen3_moe", experts + R"(,"norm_topk_prob":true)"),
-      with("olmoe", experts + R"(,"router_aux_loss_coef":0.01)"),
+      with("olmoe", experts + R"(,"router_aux_loss_coef":0.01,"clip_qkv":8.0)"),
       with("phimoe", experts +
                          R"(,"original_max_position_embeddings":32,"rope_scaling":{"type":"longrope",)"
                          R"("short_factor":[1,1],"long_factor":[1,2],"short_mscale":1,"long_mscale":1.2})"),

@@ -53,6 +53,12 @@ void add_dense(Models& models) {
   linear.family = "qwen2";
   linear.rope = {.scaling = "linear", .factor = 2};
   linear.ffn = "gelu";
+  ModelConfig& yarn = models["yarn"] = base();
+  yarn.rope = {.scaling = "yarn", .factor = 4, .beta_fast = 3, .original_seq_len = 16};
+  ModelConfig& partly = models["yarn_partly"] = yarn;
+  partly.rotary_dim = 2;
+  partly.rope.truncate = false;
+  partly.rope.attention_factor = 1.4;
   for (const int64_t length : {16, 80}) {  // shorter than max_seq_len, and longer
     ModelConfig& longrope = models["longrope_" + std::to_string(length)] = base();
     longrope.rope = {.scaling = "longrope",
