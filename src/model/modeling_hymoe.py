@@ -229,6 +229,11 @@ class TopkRouter(Router):
         choice = scores[:, : self.num_experts]
         if c.bias_update is not None:
             choice = choice + self.bias
+        if c.num_groups > 1:  # only experts of the best groups
+            groups = choice.unflatten(1, (c.num_groups, -1))
+            kept = best(groups.topk(c.group_top_k).values.sum(-1), c.top_groups)
+            other = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, kept, False)
+            choice = groups.masked_fill(other[..., None], -math.inf).flatten(1)
         taken = ids = best(choice, c.top_k)
         if c.shared == "inside":
             taken = torch.cat([ids, torch.full_like(ids[:, :1], self.num_experts)], 1)

@@ -53,7 +53,10 @@ std::vector<std::string> seeds() {
       with("phimoe", experts +
                          R"(,"original_max_position_embeddings":32,"rope_scaling":{"type":"longrope",)"
                          R"("short_factor":[1,1],"long_factor":[1,2],"short_mscale":1,"long_mscale":1.2})"),
-      with("dots1", experts + R"(,"n_routed_experts":4,"n_shared_experts":1,"first_k_dense_replace":1)"),
+      with(
+          "dots1",
+          experts +
+              R"(,"n_routed_experts":4,"n_shared_experts":1,"first_k_dense_replace":1,"n_group":2,"topk_group":1)"),
       R"({"model_type":"gpt2","vocab_size":32,"n_embd":8,"n_layer":2,"n_head":2,"n_inner":null,"n_positions":16})",
       with("gpt_neox", R"(,"rotary_pct":0.5,"rotary_emb_base":1000,"hidden_act":"gelu_new")"),
       R"({"model_type":"hymoe","noncausal":false,"model":{"dim":8,"num_heads":2,"num_kv_heads":1,"moe_layers":[1],)"

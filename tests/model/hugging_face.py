@@ -55,6 +55,7 @@ MODELS = {
     "phimoe": ("Phimoe", dict(PHIMOE, attention_bias=True, lm_head_bias=True, rope_parameters=rope(500.0, "longrope", **LONG))),
     "phimoe_stacked": ("Phimoe", dict(PHIMOE, sliding_window=9, rope_parameters=rope(1e4))),
     "dots1": ("Dots1", dict(DOTS, norm_topk_prob=True, routed_scaling_factor=2.5, max_window_layers=2)),
+    "dots1_groups": ("Dots1", dict(DOTS, n_routed_experts=8, n_group=4, topk_group=2, norm_topk_prob=True)),
     "gpt2": ("GPT2", dict(GPT2)),
     "gpt2_untied": ("GPT2", dict(GPT2, n_inner=40, activation_function="gelu", tie_word_embeddings=False)),
     "gpt_neox": ("GPTNeoX", dict(SIZES, num_attention_heads=4, rope_parameters=rope(1e4, partial_rotary_factor=0.5))),

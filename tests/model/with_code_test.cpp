@@ -81,6 +81,15 @@ void add_names(Models& models) {
 void add_token_routers(Models& models) {
   models["topk"] = hybrid({{.scale = 1.5}});
   models["sigmoid"] = hybrid({{.scoring = "sigmoid", .bias_update = 0.1}}, "learned", {8, true});
+  for (const int64_t best : {1, 2}) {
+    ModelConfig& groups = models["groups_" + std::to_string(best)] = models["sigmoid"];
+    BranchConfig& branch = groups.moe.branches[0];
+    branch.num_experts = 6;
+    branch.router.top_k = 3;
+    branch.router.num_groups = 3;
+    branch.router.top_groups = 2;
+    branch.router.group_top_k = best;
+  }
   models["softmax_topk"] = hybrid({{.scoring = "softmax_topk", .shared = "inside"}}, "constant", {8});
   models["inside_twice"] =
       hybrid({{.top_k = 1, .normalize = false, .shared = "inside"}, {.shared = "inside"}}, "preserve", {8});
