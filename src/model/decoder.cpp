@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/layer_norm.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/tensor.h>
 
 #include "hymoe/comm/collectives.h"
@@ -158,8 +159,10 @@ MlpImpl::MlpImpl(const ModelConfig& config, const Mesh& mesh) : kind(config.ffn)
 
 Tensor MlpImpl::forward(const Tensor& x) const {
   if (kind != "swiglu") {
-    const Tensor up = at::gelu(up_proj->forward(x), kind == "gelu_tanh" ? "tanh" : "none");
-    return at::linear(up, down_proj->weight);
+    const Tensor up = up_proj->forward(x);
+    const Tensor y = kind == "quick_gelu" ? up * at::sigmoid(1.702 * up)
+                                          : at::gelu(up, kind == "gelu_tanh" ? "tanh" : "none");
+    return at::linear(y, down_proj->weight);
   }
   if (up_proj->bias.defined()) {
     const Tensor gate_up = at::cat({gate_proj->forward(x), up_proj->forward(x)}, 1);

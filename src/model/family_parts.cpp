@@ -236,16 +236,19 @@ void write_windows_by_layer(const ModelConfig& config, ordered_json& out, bool h
   out["layer_types"] = types;
 }
 
-std::string read_gelu(const ConfigFile& file, const std::string& key) {
-  const auto name = file.get<std::string>(key, "gelu");
-  if (name == "gelu") return "gelu";
+std::string read_gelu(const ConfigFile& file, const std::string& key, const std::string& otherwise) {
+  const auto name = file.get<std::string>(key, otherwise);
+  if (name == "gelu" || name == "quick_gelu") return name;
   for (const char* tanh : {"gelu_new", "gelu_fast", "gelu_pytorch_tanh"}) {
     if (name == tanh) return "gelu_tanh";
   }
-  file.fail(key, "expected one of gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, got \"" + name + "\"");
+  file.fail(key,
+            "expected one of gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, quick_gelu, got \"" + name + "\"");
 }
 
-std::string gelu_name(const ModelConfig& config) { return config.ffn == "gelu" ? "gelu" : "gelu_new"; }
+std::string gelu_name(const ModelConfig& config) {
+  return config.ffn == "gelu_tanh" ? "gelu_new" : config.ffn;
+}
 
 std::vector<int64_t> all_layers(const ModelConfig& config) {
   std::vector<int64_t> layers(config.num_layers);

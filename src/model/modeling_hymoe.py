@@ -197,7 +197,10 @@ class Mlp(nn.Module):
     def forward(self, x):
         if self.kind == "swiglu":
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+        up = self.up_proj(x)
+        if self.kind == "quick_gelu":
+            return self.down_proj(up * torch.sigmoid(1.702 * up))
+        return self.down_proj(F.gelu(up, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
 class Router(nn.Module):

@@ -95,7 +95,7 @@ FfnNumbers PlanSetting::ffn(bool moe) const {
   const double tp_size = static_cast<double>(tp.size), dim = static_cast<double>(model.dim);
   FfnNumbers n;
   if (!moe) {
-    const double products = model.ffn == "swiglu" && model.ffn_bias ? 3 : 2;
+    const double products = (model.ffn == "swiglu" && model.ffn_bias) || model.ffn == "quick_gelu" ? 3 : 2;
     n.kept = products * static_cast<double>(model.hidden) / tp_size;
     return n;
   }

@@ -58,6 +58,7 @@ MODELS = {
     "dots1_groups": ("Dots1", dict(DOTS, n_routed_experts=8, n_group=4, topk_group=2, norm_topk_prob=True)),
     "gpt2": ("GPT2", dict(GPT2)),
     "gpt2_untied": ("GPT2", dict(GPT2, n_inner=40, activation_function="gelu", tie_word_embeddings=False)),
+    "gpt2_quick": ("GPT2", dict(GPT2, activation_function="quick_gelu")),
     "gpt_neox": ("GPTNeoX", dict(SIZES, num_attention_heads=4, rope_parameters=rope(1e4, partial_rotary_factor=0.5))),
     "gpt_neox_yarn": ("GPTNeoX", dict(SIZES, num_attention_heads=4, rope_parameters=rope(50.0, "yarn", factor=4.0, attention_factor=1.3, beta_fast=4.0, original_max_position_embeddings=24, partial_rotary_factor=0.5))),
     "gpt_neox_sequential": ("GPTNeoX", dict(SIZES, num_attention_heads=4, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", rope_parameters=rope(1e4, partial_rotary_factor=1.0))),

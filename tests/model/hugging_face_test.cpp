@@ -46,7 +46,7 @@ const char* const kModels[] = {
     "qwen2_windows", "qwen2_yarn",        "qwen3",      "mixtral",       "mixtral_stacked",
     "qwen2_moe",     "qwen2_moe_stacked", "qwen3_moe",  "olmoe",         "olmoe_clipped",
     "phimoe",        "phimoe_stacked",    "dots1",      "dots1_groups",  "gpt2",
-    "gpt2_untied",   "gpt_neox",   "gpt_neox_yarn", "gpt_neox_sequential"};
+    "gpt2_untied",   "gpt2_quick",        "gpt_neox",   "gpt_neox_yarn", "gpt_neox_sequential"};
 
 double largest_difference(const Tensor& a, const Tensor& b) { return (a - b).abs().max().item<double>(); }
 

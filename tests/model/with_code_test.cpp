@@ -57,6 +57,7 @@ void add_dense(Models& models) {
   yarn.rope = {.scaling = "yarn", .factor = 4, .beta_fast = 3, .original_seq_len = 16};
   ModelConfig& partly = models["yarn_partly"] = yarn;
   partly.rotary_dim = 2;
+  partly.ffn = "quick_gelu";
   partly.rope.truncate = false;
   partly.rope.attention_factor = 1.4;
   for (const int64_t length : {16, 80}) {  // shorter than max_seq_len, and longer

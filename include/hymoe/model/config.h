@@ -137,8 +137,8 @@ struct ModelConfig {
             .above(0),
         field("ffn", &C::ffn,
               "the dense FFN: swiglu has gate, up and down, the others up and down (gelu_tanh: GPT-2's "
-              "formula)")
-            .one_of({"swiglu", "gelu", "gelu_tanh"}),
+              "formula; quick_gelu: x·sigmoid(1.702 x), CodeGeeX's)")
+            .one_of({"swiglu", "gelu", "gelu_tanh", "quick_gelu"}),
         field("ffn_bias", &C::ffn_bias, "biases in the dense FFN"),
         field("parallel_residual", &C::parallel_residual, "the FFN sees what attention saw, not its result"),
         field("top_query", &C::top_query,
