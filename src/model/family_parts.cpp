@@ -19,6 +19,24 @@ struct Rope {
   std::optional<double> part = {};  // of a head that rotates
 };
 
+// number(name, otherwise): a number of the file.
+template <typename Number>
+void parse_yarn(const ConfigFile& file, const Number& number, double max_seq_len, RopeConfig& scaling) {
+  const auto before = static_cast<double>(std::max<int64_t>(scaling.original_seq_len, 1));
+  scaling.scaling = "yarn";
+  scaling.factor = number("factor", max_seq_len / before);
+  scaling.beta_fast = number("beta_fast", scaling.beta_fast);
+  scaling.beta_slow = number("beta_slow", scaling.beta_slow);
+  scaling.truncate = file.get<bool>("truncate", true);
+  const double mscale = number("mscale", 0), of_all = number("mscale_all_dim", 0);
+  const auto factor_of = [&](double m) { return 1 + 0.1 * m * std::log(std::max(scaling.factor, 1.0)); };
+  if (file.find("attention_factor") != nullptr) {
+    scaling.attention_factor = number("attention_factor");
+  } else if (mscale != 0 && of_all != 0) {
+    scaling.attention_factor = factor_of(mscale) / factor_of(of_all);
+  }
+}
+
 // What an object that says how to rotate says.
 Rope parse_rope(const ConfigFile& all, const std::string& key, const json& object, int64_t max_seq_len) {
   if (!object.is_object()) all.fail(key, "expected an object, got " + object.dump());
@@ -53,20 +71,7 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
     known.insert(known.end(), {"factor", "low_freq_factor", "high_freq_factor"});
   } else if (type == "yarn") {
     original();
-    const auto ratio = static_cast<double>(max_seq_len) /
-                       static_cast<double>(std::max<int64_t>(scaling.original_seq_len, 1));
-    scaling.scaling = type;
-    scaling.factor = number("factor", ratio);
-    scaling.beta_fast = number("beta_fast", scaling.beta_fast);
-    scaling.beta_slow = number("beta_slow", scaling.beta_slow);
-    scaling.truncate = file.get<bool>("truncate", true);
-    const double mscale = number("mscale", 0), of_all = number("mscale_all_dim", 0);
-    const auto factor_of = [&](double m) { return 1 + 0.1 * m * std::log(std::max(scaling.factor, 1.0)); };
-    if (file.find("attention_factor") != nullptr) {
-      scaling.attention_factor = number("attention_factor");
-    } else if (mscale != 0 && of_all != 0) {
-      scaling.attention_factor = factor_of(mscale) / factor_of(of_all);
-    }
+    parse_yarn(file, number, static_cast<double>(max_seq_len), scaling);
     known.insert(known.end(), {"factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim",
                                "attention_factor"});
   } else if (type == "longrope" || type == "su") {
