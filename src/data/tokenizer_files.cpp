@@ -64,6 +64,8 @@ class Parts {
  public:
   explicit Parts(std::string_view text) : text_(text), sums_{0}, powers_{1} {
     constexpr uint64_t kBase = 0x9E3779B97F4A7C15u;
+    sums_.reserve(text.size() + 1);
+    powers_.reserve(text.size() + 1);
     for (const char c : text) {
       sums_.push_back(sums_.back() * kBase + static_cast<unsigned char>(c) + 1);
       powers_.push_back(powers_.back() * kBase);
