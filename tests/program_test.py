@@ -315,16 +315,25 @@ class Program(Workspace):
         self.assertIn("rows to experts", text)
 
     def test_plan_of_the_published_models(self):
-        for name, processes, parameters, active in [("multipl-moe", 8, 10.8, 3.5), ("multipl-moe-causal", 8, 10.8, 3.5), ("grin", 64, 42, 6.6), ("codegeex", 1536, 13, 13),
-                                                    ("growth-70b", 512, 70, None)]:
-            planned = json.loads(self.ok("plan", os.path.join(CONFIGS, name + ".yaml"), f"processes={processes}", "--json"))
-            self.assertAlmostEqual(planned["parameters"] / 1e9 / parameters, 1, delta=0.012, msg=name)
-            if active:
-                self.assertAlmostEqual(planned["active_parameters"] / 1e9 / active, 1, delta=0.012, msg=name)
-        grown = [json.loads(self.ok("plan", os.path.join(CONFIGS, "growth-70b.yaml"), "processes=512", "--json", "model.moe.branches.0.num_experts=96",
-                                    f"model.num_layers={n}", f"model.moe_layers={list(range(n))}"))["parameters"] for n in (28, 54)]
-        self.assertAlmostEqual(grown[0] / 17e9, 1, delta=0.09)
-        self.assertAlmostEqual(grown[1] / 35e9, 1, delta=0.01)
+        """Within 1 % and, to the digits that were published, equal; docs/distributed.md explains the two that are farther off."""
+        bounds = {("multipl-moe", "active_parameters"): 0.0115, ("multipl-moe-causal", "active_parameters"): 0.0115}
+
+        def check(name, processes, *overrides, **published):
+            planned = json.loads(self.ok("plan", os.path.join(CONFIGS, name + ".yaml"), f"processes={processes}", "--json", *overrides))
+            for key, number in published.items():
+                billions = planned[key] / 1e9
+                self.assertAlmostEqual(billions / float(number), 1, delta=bounds.get((name, key), 0.01), msg=(name, key))
+                self.assertEqual(f"{billions:.{len(number.partition('.')[2])}f}", number, (name, key))
+            return planned
+
+        for name in ("multipl-moe", "multipl-moe-causal"):
+            check(name, 8, parameters="10.8", active_parameters="3.5")
+        check("grin", 64, parameters="42", active_parameters="6.6")
+        check("codegeex", 1536, parameters="13", active_parameters="13")
+        check("growth-70b", 512, parameters="70")
+        before = lambda layers: ["model.moe.branches.0.num_experts=96", f"model.num_layers={layers}", f"model.moe_layers={list(range(layers))}"]
+        check("growth-70b", 512, *before(54), parameters="35")
+        self.assertAlmostEqual(check("growth-70b", 512, *before(28))["parameters"] / 17e9, 1, delta=0.083)
 
     def test_multipl_moe_is_as_published_and_has_a_causal_form(self):
         shared = {"vocab_size": 151936, "dim": 2048, "num_layers": 24, "moe_layers": list(range(24))}

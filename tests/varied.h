@@ -15,6 +15,7 @@ inline std::vector<ModelConfig> varied(const ModelConfig& base) {
   a.full_attention_layers = {1};
   a.qk_norm = "projection";
   a.qkv_bias = a.o_bias = a.ffn_bias = a.logits_bias = true;
+  a.clip_qkv = 0.5;
   a.tie_embeddings = false;
   b.positions = "learned";
   b.qk_norm = "head";

@@ -1,7 +1,10 @@
 #include <algorithm>
 #include <charconv>
+#include <functional>
+#include <queue>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -49,27 +52,77 @@ std::optional<std::string> decode_base64(std::string_view text) {
   return bytes;
 }
 
+// Bytes with a hash of theirs that takes no longer for more of them.
+struct Hashed {
+  std::string_view bytes;
+  uint64_t hash;
+  bool operator==(const Hashed& other) const { return hash == other.hash && bytes == other.bytes; }
+};
+
+// The parts of one text, hashed as polynomials of the bytes.
+class Parts {
+ public:
+  explicit Parts(std::string_view text) : text_(text), sums_{0}, powers_{1} {
+    constexpr uint64_t kBase = 0x9E3779B97F4A7C15u;
+    sums_.reserve(text.size() + 1);
+    powers_.reserve(text.size() + 1);
+    for (const char c : text) {
+      sums_.push_back(sums_.back() * kBase + static_cast<unsigned char>(c) + 1);
+      powers_.push_back(powers_.back() * kBase);
+    }
+  }
+  Hashed operator()(size_t begin, size_t end) const {
+    return {text_.substr(begin, end - begin), sums_[end] - sums_[begin] * powers_[end - begin]};
+  }
+
+ private:
+  std::string_view text_;
+  std::vector<uint64_t> sums_, powers_;
+};
+
+struct HashOf {
+  size_t operator()(const Hashed& x) const { return x.hash ^ x.hash >> 32; }
+};
+using Ranks = std::unordered_map<Hashed, int64_t, HashOf>;
+
 // The two parts that byte pair encoding by ranks, of all tokens before `token`, leaves of it; how many parts
 // it leaves otherwise.
-size_t split_by_ranks(std::string_view token, int64_t rank,
-                      const std::unordered_map<std::string_view, int64_t>& ranks, size_t& cut) {
-  std::vector<size_t> starts(token.size() + 1);
-  for (size_t i = 0; i < starts.size(); ++i) starts[i] = i;
-  while (starts.size() > 3) {
-    size_t best = 0;
-    int64_t lowest = rank;
-    for (size_t i = 0; i + 2 < starts.size(); ++i) {
-      const auto found = ranks.find(token.substr(starts[i], starts[i + 2] - starts[i]));
-      if (found != ranks.end() && found->second < lowest) {
-        lowest = found->second;
-        best = i;
-      }
+size_t split_by_ranks(const Parts& token, size_t size, int64_t rank, const Ranks& ranks, size_t& cut) {
+  struct Candidate {
+    int64_t rank;
+    size_t begin, middle, end;
+    bool operator>(const Candidate& other) const {
+      return std::tie(rank, begin) > std::tie(other.rank, other.begin);
     }
-    if (lowest == rank) break;
-    starts.erase(starts.begin() + static_cast<std::ptrdiff_t>(best) + 1);
+  };
+  std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> heap;
+  std::vector<size_t> next(size + 1),
+      last(size + 1);  // where parts begin; next is 0 where none does any more
+  const auto push = [&](size_t begin) {
+    const size_t middle = next[begin];
+    if (middle == size) return;
+    const auto found = ranks.find(token(begin, next[middle]));
+    if (found != ranks.end() && found->second < rank) heap.push({found->second, begin, middle, next[middle]});
+  };
+  for (size_t i = 0; i <= size; ++i) {
+    next[i] = i + 1;
+    last[i] = i - 1;
   }
-  cut = starts[1];
-  return starts.size() - 1;
+  for (size_t i = 0; i < size; ++i) push(i);
+  size_t parts = size;
+  while (parts > 2 && !heap.empty()) {
+    const auto [_, begin, middle, end] = heap.top();
+    heap.pop();
+    if (next[begin] != middle || next[middle] != end) continue;
+    next[begin] = end;
+    next[middle] = 0;
+    last[end] = begin;
+    --parts;
+    push(begin);
+    if (begin > 0) push(last[begin]);
+  }
+  cut = next[0];
+  return parts;
 }
 
 }  // namespace
@@ -132,11 +185,13 @@ void VocabularyBuilder::add_added_token(AddedToken token, const std::string& whe
     fail(where, "id " + std::to_string(token.id) + " is given to both \"" + spec_.vocabulary[slot] +
                     "\" and " + quoted);
   }
-  for (const AddedToken& other : spec_.added) {
-    if (other.content == token.content || other.id == token.id) {
-      fail(where, quoted + " with id " + std::to_string(token.id) + " repeats \"" + other.content +
-                      "\" with id " + std::to_string(other.id));
-    }
+  const size_t number = spec_.added.size();
+  const size_t before = std::min(added_contents_.emplace(token.content, number).first->second,
+                                 added_ids_.emplace(token.id, number).first->second);
+  if (before < number) {
+    const AddedToken& other = spec_.added[before];
+    fail(where, quoted + " with id " + std::to_string(token.id) + " repeats \"" + other.content +
+                    "\" with id " + std::to_string(other.id));
   }
   spec_.added.push_back(std::move(token));
 }
@@ -190,23 +245,28 @@ TokenizerSpec read_tiktoken(const std::filesystem::path& file) {
     builder.add_token(characters_of_bytes(*bytes), rank, "");
     tokens.push_back(*bytes);
   });
-  std::unordered_map<std::string_view, int64_t> ranks;
-  for (size_t rank = 0; rank < tokens.size(); ++rank) ranks.emplace(tokens[rank], rank);
+  Ranks ranks;
+  for (size_t rank = 0; rank < tokens.size(); ++rank) {
+    ranks.emplace(Parts(tokens[rank])(0, tokens[rank].size()), rank);
+  }
   for (int byte = 0; byte < 256; ++byte) {
-    if (!ranks.contains(std::string(1, static_cast<char>(byte)))) {
+    const std::string text(1, static_cast<char>(byte));
+    if (!ranks.contains(Parts(text)(0, 1))) {
       throw DataError(file.string(), "byte " + std::to_string(byte) + " has no rank");
     }
   }
   for (size_t rank = 0; rank < tokens.size(); ++rank) {
-    const std::string_view token = tokens[rank];
-    if (token.size() == 1) continue;
+    const size_t size = tokens[rank].size();
+    if (size == 1) continue;
+    const Parts token(tokens[rank]);
     size_t cut = 0;
-    if (const size_t parts = split_by_ranks(token, static_cast<int64_t>(rank), ranks, cut); parts != 2) {
+    if (const size_t parts = split_by_ranks(token, size, static_cast<int64_t>(rank), ranks, cut);
+        parts != 2) {
       throw DataError(file.string(), "rank " + std::to_string(rank) + ": the lower ranks leave " +
                                          std::to_string(parts) + " parts of this token, wanted 2");
     }
-    spec.merges.push_back({static_cast<int32_t>(ranks.at(token.substr(0, cut))),
-                           static_cast<int32_t>(ranks.at(token.substr(cut))), static_cast<int32_t>(rank)});
+    spec.merges.push_back({static_cast<int32_t>(ranks.at(token(0, cut))),
+                           static_cast<int32_t>(ranks.at(token(cut, size))), static_cast<int32_t>(rank)});
   }
   spec.nfc = true;
   spec.splits.push_back(SplitStep::regex(kQwenPattern));

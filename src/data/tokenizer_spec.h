@@ -48,6 +48,8 @@ class VocabularyBuilder {
   std::string file_;
   TokenizerSpec& spec_;
   std::unordered_map<std::string, int32_t> ids_;
+  std::unordered_map<std::string, size_t> added_contents_;  // places in spec_.added
+  std::unordered_map<int32_t, size_t> added_ids_;
 };
 
 TokenizerSpec read_tokenizer_json(const std::filesystem::path& file);

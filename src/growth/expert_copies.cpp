@@ -50,6 +50,8 @@ void check_experts(const UpcycleConfig& config, int64_t hidden) {
         refuse(key + ".num_experts", multiple, branch.num_experts);
       if (chosen(branch.router) % slices(branch, hidden) != 0)
         refuse(key + ".router", multiple + " in top_k or bucket", chosen(branch.router));
+      if (branch.num_experts / branch.router.num_groups % slices(branch, hidden) != 0)
+        refuse(key + ".router.num_groups", multiple + " a group", branch.router.num_groups);
     }
   }
 }

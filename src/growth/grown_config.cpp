@@ -26,6 +26,11 @@ bool is_meant(const std::string& branch, const GrowConfig& config) {
 
 void grow_branch(BranchConfig& branch, const GrowConfig& config) {
   RouterConfig& router = branch.router;
+  if (config.experts > 1 && router.num_groups > 1) {
+    throw ConfigError("experts", "copies would change which groups of '" + branch.name +
+                                     "' score highest: expected 1 with num_groups, got " +
+                                     std::to_string(config.experts));
+  }
   branch.num_experts *= config.experts;
   if (router.prior_expert && config.order == "interleave") *router.prior_expert *= config.experts;
   if (config.top_k == "keep") return;

@@ -20,6 +20,10 @@ void check_rotary(const ModelConfig& c) {
     throw ConfigError(c.rotary_dim > 0 ? "rotary_dim" : "head_dim",
                       "must be even for rotary embedding, got " + std::to_string(rotary));
   }
+  if (c.rope.scaling == "yarn" && c.rope_theta <= 1) {
+    throw ConfigError("rope_theta", "yarn needs waves of several lengths: expected above 1, got " +
+                                        format_scalar(c.rope_theta));
+  }
   if (c.rope.scaling != "longrope") return;
   for (const auto& [key, factors] :
        {std::pair("short_factors", &c.rope.short_factors), {"long_factors", &c.rope.long_factors}}) {
@@ -54,13 +58,17 @@ void check_attention(const ModelConfig& c) {
 }  // namespace
 
 void RopeConfig::check() const {
-  if ((scaling == "llama3" || scaling == "longrope") && original_seq_len == 0) {
+  if (scaling != "none" && scaling != "linear" && original_seq_len == 0) {
     throw ConfigError("original_seq_len", scaling + " needs it: expected at least 1, got 0");
   }
   if (scaling == "llama3" && high_freq_factor <= low_freq_factor) {
     throw ConfigError("high_freq_factor",
                       "must be above low_freq_factor = " + format_scalar(low_freq_factor) + ", got " +
                           format_scalar(high_freq_factor));
+  }
+  if (scaling == "yarn" && beta_fast < beta_slow) {
+    throw ConfigError("beta_fast", "must be at least beta_slow = " + format_scalar(beta_slow) + ", got " +
+                                       format_scalar(beta_fast));
   }
 }
 

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/layer_norm.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/tensor.h>
 
 #include "hymoe/comm/collectives.h"
@@ -79,7 +80,8 @@ AttentionImpl::AttentionImpl(const ModelConfig& config, const Mesh& mesh, int64_
       head_size(config.head_size()),
       norm_of_heads(config.qk_norm == "head"),
       norm_eps(config.norm_eps),
-      scale(rope_scale(config)),
+      clip_qkv(config.clip_qkv),
+      rope_scale(hymoe::rope_scale(config)),
       tp(mesh.tp) {
   const auto project = [&](const char* name, int64_t in, int64_t out, bool bias) {
     return register_module(name, std::make_shared<LinearImpl>(in, out, bias));
@@ -117,21 +119,28 @@ Tensor AttentionImpl::normed(const Tensor& x, const WeightImpl* norm) const {
   return (wide * (sum / size + norm_eps).rsqrt() * weight).to(x.scalar_type()).view(heads);
 }
 
-Tensor AttentionImpl::rotated(const Tensor& x, const Rows& rows) const {
+// [T, D] -> [T, heads, d]
+Tensor AttentionImpl::heads(const Tensor& x, const LinearImpl& project, const WeightImpl* norm) const {
+  const Tensor y = normed(project.forward(x), norm);
+  return clip_qkv ? y.clamp(-*clip_qkv, *clip_qkv) : y;
+}
+
+Tensor AttentionImpl::rotated(const Tensor& x, const Rows& rows, double scale) const {
   if (!rows.inv_freq.defined()) return x;
   const int64_t rotating = 2 * rows.inv_freq.size(0);
-  if (rotating == head_size) return ops::rotary(x, rows.positions, rows.inv_freq);
-  const Tensor part = ops::rotary(x.narrow(2, 0, rotating), rows.positions, rows.inv_freq);
-  return at::cat({part, x.narrow(2, rotating, head_size - rotating)}, 2);
+  const bool all = rotating == head_size;
+  Tensor part = ops::rotary(all ? x : x.narrow(2, 0, rotating), rows.positions, rows.inv_freq);
+  if (scale != 1) part = part * scale;
+  return all ? part : at::cat({part, x.narrow(2, rotating, head_size - rotating)}, 2);
 }
 
 Tensor AttentionImpl::forward(const Tensor& x, const Rows& rows) const {
   const Tensor asking =
       query_positions ? copy_to_ranks(at::embedding(query_positions->weight, rows.positions), tp) : x;
-  Tensor q = rotated(normed(q_proj->forward(asking), q_norm.get()), rows);
-  if (scale != 1) q = q * (scale * scale);
-  const Tensor k = rotated(normed(k_proj->forward(x), k_norm.get()), rows);
-  const Tensor v = normed(v_proj->forward(x), nullptr);
+  // Queries have the keys' scale too.
+  const Tensor q = rotated(heads(asking, *q_proj, q_norm.get()), rows, rope_scale * rope_scale);
+  const Tensor k = rotated(heads(x, *k_proj, k_norm.get()), rows, 1);
+  const Tensor v = heads(x, *v_proj, nullptr);
   const Tensor& offsets = rows.packing.offsets;
   const Tensor y = rows.cache == nullptr ? ops::attention(q, k, v, offsets, offsets, window)
                                          : cached_attention(q, k, v, layer, window, rows);
@@ -150,8 +159,10 @@ MlpImpl::MlpImpl(const ModelConfig& config, const Mesh& mesh) : kind(config.ffn)
 
 Tensor MlpImpl::forward(const Tensor& x) const {
   if (kind != "swiglu") {
-    const Tensor up = at::gelu(up_proj->forward(x), kind == "gelu_tanh" ? "tanh" : "none");
-    return at::linear(up, down_proj->weight);
+    const Tensor up = up_proj->forward(x);
+    const Tensor y = kind == "quick_gelu" ? up * at::sigmoid(1.702 * up)
+                                          : at::gelu(up, kind == "gelu_tanh" ? "tanh" : "none");
+    return at::linear(y, down_proj->weight);
   }
   if (up_proj->bias.defined()) {
     const Tensor gate_up = at::cat({gate_proj->forward(x), up_proj->forward(x)}, 1);

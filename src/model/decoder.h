@@ -54,8 +54,10 @@ struct AttentionImpl : torch::nn::Module {
   Tensor forward(const Tensor& x, const Rows& rows) const;
 
   int64_t layer, window, num_heads, num_kv_heads, head_size;
-  bool norm_of_heads;      // else of all of them together
-  double norm_eps, scale;  // of rotating queries, for what longrope does to queries and keys
+  bool norm_of_heads;  // else of all of them together
+  double norm_eps;
+  std::optional<double> clip_qkv;
+  double rope_scale;
   Group tp;
   std::shared_ptr<LinearImpl> q_proj, k_proj, v_proj, o_proj;
   std::shared_ptr<WeightImpl> q_norm, k_norm;   // nullptr: none
@@ -63,7 +65,8 @@ struct AttentionImpl : torch::nn::Module {
 
  private:
   Tensor normed(const Tensor& x, const WeightImpl* norm) const;
-  Tensor rotated(const Tensor& x, const Rows& rows) const;
+  Tensor heads(const Tensor& x, const LinearImpl& project, const WeightImpl* norm) const;
+  Tensor rotated(const Tensor& x, const Rows& rows, double scale) const;
 };
 
 struct MlpImpl : torch::nn::Module {

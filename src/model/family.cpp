@@ -27,6 +27,11 @@ RouterConfig essence(const RouterConfig& router) {
   RouterConfig of;
   of.kind = router.kind;
   of.top_k = router.top_k;
+  if (router.num_groups > 1) {
+    of.num_groups = router.num_groups;
+    of.top_groups = router.top_groups;
+    of.group_top_k = router.group_top_k;
+  }
   of.scoring = router.scoring;
   of.normalize = router.normalized();
   of.shared = router.shared;

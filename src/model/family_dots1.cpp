@@ -9,14 +9,14 @@ namespace {
 // dots.llm1, arXiv 2506.05767: DeepSeek-V3's experts and router behind attention of the usual kind.
 ModelConfig read_dots1(const ConfigFile& file) {
   ModelConfig c = read_decoder(file, "dots1");
-  file.expect("n_group", 1);
-  file.expect("topk_group", 1);
   c.qk_norm = "head";
   read_attention_bias(file, c);
   read_windows_by_layer(file, c, /*has_switch=*/false);
   const auto first = file.get_size("first_k_dense_replace", 0, 0);
   for (int64_t i = first; i < c.num_layers; ++i) c.moe_layers.push_back(i);
   RouterConfig router{.top_k = file.get<int64_t>("num_experts_per_tok"),
+                      .num_groups = file.get<int64_t>("n_group", 1),
+                      .top_groups = file.get<int64_t>("topk_group", 1),
                       .scoring = "sigmoid",
                       .normalize = file.get<bool>("norm_topk_prob", false),
                       .scale = file.get<double>("routed_scaling_factor", 1.0),
@@ -34,8 +34,8 @@ void write_dots1(const ModelConfig& config, nlohmann::ordered_json& out) {
   const BranchConfig& experts = branch_of(config);
   const auto& layers = config.moe_layers;
   out["attention_bias"] = config.o_bias;
-  out["n_group"] = 1;
-  out["topk_group"] = 1;
+  out["n_group"] = experts.router.num_groups;
+  out["topk_group"] = experts.router.top_groups;
   out["first_k_dense_replace"] =
       layers.empty() ? config.num_layers : *std::min_element(layers.begin(), layers.end());
   out["num_experts_per_tok"] = experts.router.top_k;

@@ -54,7 +54,7 @@ ModelConfig read_gpt2(const ConfigFile& file) {
   c.hidden = file.get<int64_t>("n_inner", 4 * c.dim);
   c.max_seq_len = file.get<int64_t>("n_positions", 1024);
   c.positions = "learned";
-  c.ffn = read_gelu(file, "activation_function");
+  c.ffn = read_gelu(file, "activation_function", "gelu_new");
   c.norm_eps = file.get<double>("layer_norm_epsilon", 1e-5);
   c.tie_embeddings = file.get<bool>("tie_word_embeddings", true);
   return c;
@@ -113,7 +113,7 @@ ModelConfig read_gpt_neox(const ConfigFile& file) {
   c.max_seq_len = file.get<int64_t>("max_position_embeddings", 2048);
   read_rope(file, c, file.get<double>("rotary_emb_base", 10000.0), file.get<double>("rotary_pct", 0.25));
   c.qkv_bias = c.o_bias = file.get<bool>("attention_bias", true);
-  c.ffn = read_gelu(file, "hidden_act");
+  c.ffn = read_gelu(file, "hidden_act", "gelu");
   c.parallel_residual = file.get<bool>("use_parallel_residual", true);
   c.norm_eps = file.get<double>("layer_norm_eps", 1e-5);
   c.tie_embeddings = file.get<bool>("tie_word_embeddings", false);

@@ -33,7 +33,7 @@ std::vector<Piece> mixtral_pieces(const ModelConfig& config, const OurTensor& ou
 // OLMoE, arXiv 2409.02060.
 ModelConfig read_olmoe(const ConfigFile& file) {
   ModelConfig c = read_decoder(file, "olmoe", {.max_seq_len = 4096, .norm_eps = 1e-5});
-  if (file.find("clip_qkv") != nullptr) file.fail("clip_qkv", "is not implemented");
+  if (file.find("clip_qkv") != nullptr) c.clip_qkv = file.get<double>("clip_qkv");
   c.qk_norm = "projection";
   read_attention_bias(file, c);
   c.moe_layers = all_layers(c);
@@ -48,6 +48,7 @@ void write_olmoe(const ModelConfig& config, nlohmann::ordered_json& out) {
   write_decoder(config, out);
   write_experts(config, out, "num_experts", "intermediate_size");
   out["attention_bias"] = config.o_bias;
+  out["clip_qkv"] = config.clip_qkv ? nlohmann::ordered_json(*config.clip_qkv) : nlohmann::ordered_json();
   out["norm_topk_prob"] = branch_of(config).router.normalized();
 }
 

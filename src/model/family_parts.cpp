@@ -1,6 +1,7 @@
 #include "model/family_parts.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <utility>
 
@@ -10,11 +11,31 @@ namespace {
 using nlohmann::json;
 using nlohmann::ordered_json;
 
+constexpr const char* kOriginal = "original_max_position_embeddings";
+
 struct Rope {
   RopeConfig scaling = {};
   std::optional<double> theta = {};
   std::optional<double> part = {};  // of a head that rotates
 };
+
+// number(name, otherwise): a number of the file.
+template <typename Number>
+void parse_yarn(const ConfigFile& file, const Number& number, double max_seq_len, RopeConfig& scaling) {
+  const auto before = static_cast<double>(std::max<int64_t>(scaling.original_seq_len, 1));
+  scaling.scaling = "yarn";
+  scaling.factor = number("factor", max_seq_len / before);
+  scaling.beta_fast = number("beta_fast", scaling.beta_fast);
+  scaling.beta_slow = number("beta_slow", scaling.beta_slow);
+  scaling.truncate = file.get<bool>("truncate", true);
+  const double mscale = number("mscale", 0), of_all = number("mscale_all_dim", 0);
+  const auto factor_of = [&](double m) { return 1 + 0.1 * m * std::log(std::max(scaling.factor, 1.0)); };
+  if (file.find("attention_factor") != nullptr) {
+    scaling.attention_factor = number("attention_factor");
+  } else if (mscale != 0 && of_all != 0) {
+    scaling.attention_factor = factor_of(mscale) / factor_of(of_all);
+  }
+}
 
 // What an object that says how to rotate says.
 Rope parse_rope(const ConfigFile& all, const std::string& key, const json& object, int64_t max_seq_len) {
@@ -35,10 +56,8 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
   if (file.find("rope_theta") != nullptr) rope.theta = number("rope_theta");
   RopeConfig& scaling = rope.scaling;
   const auto original = [&] {
-    scaling.original_seq_len =
-        file.get<int64_t>("original_max_position_embeddings",
-                          all.get<int64_t>("original_max_position_embeddings", max_seq_len));
-    known.push_back("original_max_position_embeddings");
+    scaling.original_seq_len = all.get<int64_t>(kOriginal, file.get<int64_t>(kOriginal, max_seq_len));
+    known.push_back(kOriginal);
   };
   if (type == "linear") {
     scaling = {.scaling = "linear", .factor = number("factor")};
@@ -50,6 +69,11 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
                .high_freq_factor = number("high_freq_factor")};
     original();
     known.insert(known.end(), {"factor", "low_freq_factor", "high_freq_factor"});
+  } else if (type == "yarn") {
+    original();
+    parse_yarn(file, number, static_cast<double>(max_seq_len), scaling);
+    known.insert(known.end(), {"factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim",
+                               "attention_factor"});
   } else if (type == "longrope" || type == "su") {
     scaling = {.scaling = "longrope",
                .short_factors = file.get<std::vector<double>>("short_factor"),
@@ -60,7 +84,7 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
     known.insert(known.end(), {"short_factor", "long_factor", "short_mscale", "long_mscale"});
   } else if (type != "default") {
     fail(file.find("rope_type") != nullptr ? "rope_type" : "type",
-         "expected one of default, linear, llama3, longrope, got \"" + type + "\"");
+         "expected one of default, linear, llama3, yarn, longrope, got \"" + type + "\"");
   }
   for (const auto& [name, value] : object.items()) {
     if (std::find(known.begin(), known.end(), name) == known.end()) {
@@ -127,19 +151,24 @@ void write_rope(const ModelConfig& config, ordered_json& out) {
     parameters["partial_rotary_factor"] =
         static_cast<double>(config.rotary_dim) / static_cast<double>(config.head_size());
   }
-  if (rope.scaling == "linear" || rope.scaling == "llama3") parameters["factor"] = rope.factor;
+  if (rope.scaling != "none" && rope.scaling != "longrope") parameters["factor"] = rope.factor;
+  if (rope.scaling != "none" && rope.scaling != "linear") parameters[kOriginal] = rope.original_seq_len;
   if (rope.scaling == "llama3") {
     parameters["low_freq_factor"] = rope.low_freq_factor;
     parameters["high_freq_factor"] = rope.high_freq_factor;
-    parameters["original_max_position_embeddings"] = rope.original_seq_len;
+  }
+  if (rope.scaling == "yarn") {
+    parameters["beta_fast"] = rope.beta_fast;
+    parameters["beta_slow"] = rope.beta_slow;
+    parameters["truncate"] = rope.truncate;
+    if (rope.attention_factor) parameters["attention_factor"] = *rope.attention_factor;
   }
   if (rope.scaling == "longrope") {
     parameters["short_factor"] = rope.short_factors;
     parameters["long_factor"] = rope.long_factors;
     parameters["short_mscale"] = rope.short_scale;
     parameters["long_mscale"] = rope.long_scale;
-    parameters["original_max_position_embeddings"] = rope.original_seq_len;
-    out["original_max_position_embeddings"] = rope.original_seq_len;
+    out[kOriginal] = rope.original_seq_len;
   }
   out["rope_theta"] = config.rope_theta;
   out["rope_parameters"] = parameters;
@@ -212,16 +241,19 @@ void write_windows_by_layer(const ModelConfig& config, ordered_json& out, bool h
   out["layer_types"] = types;
 }
 
-std::string read_gelu(const ConfigFile& file, const std::string& key) {
-  const auto name = file.get<std::string>(key, "gelu");
-  if (name == "gelu") return "gelu";
+std::string read_gelu(const ConfigFile& file, const std::string& key, const std::string& otherwise) {
+  const auto name = file.get<std::string>(key, otherwise);
+  if (name == "gelu" || name == "quick_gelu") return name;
   for (const char* tanh : {"gelu_new", "gelu_fast", "gelu_pytorch_tanh"}) {
     if (name == tanh) return "gelu_tanh";
   }
-  file.fail(key, "expected one of gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, got \"" + name + "\"");
+  file.fail(key,
+            "expected one of gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, quick_gelu, got \"" + name + "\"");
 }
 
-std::string gelu_name(const ModelConfig& config) { return config.ffn == "gelu" ? "gelu" : "gelu_new"; }
+std::string gelu_name(const ModelConfig& config) {
+  return config.ffn == "gelu_tanh" ? "gelu_new" : config.ffn;
+}
 
 std::vector<int64_t> all_layers(const ModelConfig& config) {
   std::vector<int64_t> layers(config.num_layers);

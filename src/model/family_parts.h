@@ -42,7 +42,7 @@ void read_windows_by_layer(const ConfigFile& file, ModelConfig& config, bool has
 void write_windows_by_layer(const ModelConfig& config, nlohmann::ordered_json& out, bool has_switch = true);
 
 /// ModelConfig::ffn of an activation's name.
-std::string read_gelu(const ConfigFile& file, const std::string& key);
+std::string read_gelu(const ConfigFile& file, const std::string& key, const std::string& otherwise);
 std::string gelu_name(const ModelConfig& config);
 
 std::vector<int64_t> all_layers(const ModelConfig& config);

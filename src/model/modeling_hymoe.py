@@ -63,7 +63,8 @@ class Rows:
         self.cos = self.sin = None
         if config.positions == "rotary":
             angles = self.positions.float()[:, None] * rotary_angles(config, device)
-            self.cos, self.sin = angles.cos()[:, None], angles.sin()[:, None]
+            scale = rotary_scale(config)
+            self.cos, self.sin = angles.cos()[:, None] * scale, angles.sin()[:, None] * scale
 
 
 def head_size(config):
@@ -88,9 +89,30 @@ def rotary_angles(config, device):
         turns = rope.original_seq_len * angles / (2 * math.pi)
         stays = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
         return (1 - stays) * angles / rope.factor + stays * angles
+    if rope.scaling == "yarn":  # the same by numbers of pairs of channels
+        ends = [
+            size * math.log(rope.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+            for turns in (rope.beta_fast, rope.beta_slow)
+        ]
+        if rope.truncate:
+            ends = math.floor(ends[0]), math.ceil(ends[1])
+        first, last = max(ends[0], 0), min(ends[1], size - 1)
+        longer = (torch.arange(size // 2, device=device) - first) / (last - first if last != first else 0.001)
+        longer = longer.clamp(0, 1)
+        return longer * angles / rope.factor + (1 - longer) * angles
     if rope.scaling == "longrope":
         return angles / torch.tensor(longrope(config)[0], device=device)
     return angles
+
+
+def rotary_scale(config):
+    """The factor of what rotates."""
+    rope = config.rope
+    if rope.scaling == "longrope":
+        return longrope(config)[1]
+    if rope.scaling != "yarn":
+        return 1
+    return 1 + 0.1 * math.log(max(rope.factor, 1)) if rope.attention_factor is None else rope.attention_factor
 
 
 class Norm(nn.Module):
@@ -113,7 +135,7 @@ class Attention(nn.Module):
         self.size = head_size(config)
         self.norm_of_heads = config.qk_norm == "head"
         self.window = 0 if layer in config.full_attention_layers else config.sliding_window
-        self.scale = longrope(config)[1] ** 2 if config.rope.scaling == "longrope" else 1
+        self.clip = config.clip_qkv
         bias = config.family == "qwen2" if config.qkv_bias is None else config.qkv_bias
         queries, keys = config.num_heads * self.size, config.num_kv_heads * self.size
         self.q_proj = nn.Linear(config.dim, queries, bias=bias)
@@ -131,7 +153,9 @@ class Attention(nn.Module):
         if norm is not None and not self.norm_of_heads:
             x = norm(x)
         x = x.view(x.shape[0], -1, self.size)
-        return norm(x) if norm is not None and self.norm_of_heads else x
+        if norm is not None and self.norm_of_heads:
+            x = norm(x)
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def turned(self, x, rows):
         """Channel i of those that rotate turns against channel i + half of them."""
@@ -144,7 +168,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rows):
         asking = x if self.query_positions is None else self.query_positions(rows.positions)
-        q = self.turned(self.heads(self.q_proj(asking), self.q_norm), rows) * self.scale
+        q = self.turned(self.heads(self.q_proj(asking), self.q_norm), rows)
         k = self.turned(self.heads(self.k_proj(x), self.k_norm), rows)
         v = self.heads(self.v_proj(x))
         group = q.shape[1] // k.shape[1]
@@ -173,7 +197,10 @@ class Mlp(nn.Module):
     def forward(self, x):
         if self.kind == "swiglu":
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+        up = self.up_proj(x)
+        if self.kind == "quick_gelu":
+            return self.down_proj(up * torch.sigmoid(1.702 * up))
+        return self.down_proj(F.gelu(up, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
 class Router(nn.Module):
@@ -205,6 +232,11 @@ class TopkRouter(Router):
         choice = scores[:, : self.num_experts]
         if c.bias_update is not None:
             choice = choice + self.bias
+        if c.num_groups > 1:  # only experts of the best groups
+            groups = choice.unflatten(1, (c.num_groups, -1))
+            kept = best(groups.topk(c.group_top_k).values.sum(-1), c.top_groups)
+            other = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, kept, False)
+            choice = groups.masked_fill(other[..., None], -math.inf).flatten(1)
         taken = ids = best(choice, c.top_k)
         if c.shared == "inside":
             taken = torch.cat([ids, torch.full_like(ids[:, :1], self.num_experts)], 1)
@@ -401,16 +433,22 @@ class MoE(nn.Module):
         super().__init__()
         self._fusion = config.fusion
         self._names = [branch.name for branch in config.branches]
-        for branch in config.branches:
-            self.add_module(branch.name, Branch(branch, dim))
+        for branch in config.branches:  # no attributes, which modules have of their own: half, type, train
+            self._modules[branch.name] = Branch(branch, dim)
         self.shared_expert = Mlp(dim, config.shared.hidden) if config.shared.hidden > 0 else None
         self.shared_expert_gate = nn.Linear(dim, 1, bias=False) if config.shared.gate else None
         if config.fusion == "learned" and self._names:
             self.fusion = nn.Module()
             self.fusion.logits = nn.Parameter(torch.zeros(len(self._names)))
 
+    def __setattr__(self, name, value):
+        if isinstance(value, nn.Module):
+            super().__setattr__(name, value)
+        else:  # not a branch, whatever it is called: training
+            object.__setattr__(self, name, value)
+
     def forward(self, x, rows):
-        branches = [self.get_submodule(name) for name in self._names]
+        branches = [self._modules[name] for name in self._names]
         weights, shared = [], None
         for b, branch in enumerate(branches):
             of_experts, of_shared = branch.router(x, rows)
@@ -490,6 +528,14 @@ class HymoeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
+
+    def get_submodule(self, target):
+        module = self
+        for name in target.split(".") if target else []:
+            if name not in module._modules:
+                raise AttributeError(f"there is no module {target}")
+            module = module._modules[name]
+        return module
 
     def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
         """input_ids, attention_mask [B, S] -> logits [B, S, vocabulary], 0 at padding; with labels [B, S] the loss of

@@ -83,6 +83,17 @@ void BranchConfig::check() const {
     throw ConfigError("router.top_k", "expected at most num_experts, " + std::to_string(num_experts) +
                                           ", got " + std::to_string(router.top_k));
   }
+  if (router.num_groups == 1) return;
+  const int64_t size = num_experts / router.num_groups;
+  const auto refuse = [](bool wrong, const char* key, const std::string& wanted, int64_t got) {
+    if (wrong) throw ConfigError(key, "expected " + wanted + ", got " + std::to_string(got));
+  };
+  refuse(num_experts % router.num_groups != 0, "router.num_groups",
+         "a divisor of num_experts, " + std::to_string(num_experts), router.num_groups);
+  refuse(router.group_top_k > size, "router.group_top_k",
+         "at most a group's " + std::to_string(size) + " experts", router.group_top_k);
+  refuse(router.top_k > router.top_groups * size, "router.top_k",
+         "at most the " + std::to_string(router.top_groups * size) + " experts of top_groups", router.top_k);
 }
 
 void MoEConfig::check() const {

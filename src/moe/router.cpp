@@ -46,6 +46,7 @@ void refuse(bool wrong, const std::string& key, const std::string& text) {
 void check_is_topk(const RouterConfig& c) {
   const std::string only = "only topk routers have it: expected ";
   refuse(c.scoring == "softmax_topk", "scoring", only + "softmax or sigmoid, got softmax_topk");
+  refuse(c.num_groups != 1, "num_groups", only + "1, got " + std::to_string(c.num_groups));
   refuse(c.scale != 1, "scale", only + "1, got " + format_scalar(c.scale));
   refuse(c.bias_update.has_value(), "bias_update", only + "nothing");
   refuse(c.capacity_factor > 0, "capacity_factor", only + "0, got " + format_scalar(c.capacity_factor));
@@ -84,6 +85,9 @@ void Router::to(torch::Dtype dtype, bool non_blocking) {
 
 void RouterConfig::check() const {
   routers().check(kind, "kind");
+  refuse(
+      top_groups > num_groups, "top_groups",
+      "expected at most num_groups, " + std::to_string(num_groups) + ", got " + std::to_string(top_groups));
   const bool segment = kind == "segment" || chooses_rows(*this);
   if (!segment && kind != "topk" && kind != "sparse_mixer") return;
   check_prior(*this, !segment);

@@ -33,6 +33,9 @@ Routing TopkRouter::forward(const Tensor& x, const Packing& packing) {
   const Tensor logits = token_logits(x, weight_, learning ? config_.jitter : 0);
   const auto gates = ops::topk_gates(logits,
                                      {.top_k = config_.top_k,
+                                      .num_groups = config_.num_groups,
+                                      .top_groups = config_.top_groups,
+                                      .group_top_k = config_.group_top_k,
                                       .sigmoid = config_.scoring == "sigmoid",
                                       .normalize = config_.normalized(),
                                       .softmax_after_topk = config_.scoring == "softmax_topk",

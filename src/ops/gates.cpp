@@ -217,9 +217,18 @@ Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor&
   const int64_t experts = logits.size(1) - (options.shared_last ? 1 : 0);
   TORCH_CHECK(options.top_k >= 1 && options.top_k <= experts, "topk_gates: top_k must be in [1, ", experts,
               "], got ", options.top_k);
+  const int64_t groups = options.num_groups;
+  TORCH_CHECK(groups >= 1 && experts % groups == 0, "topk_gates: num_groups must divide ", experts,
+              " experts, got ", groups);
+  const bool grouped = options.top_groups < groups;
+  TORCH_CHECK(!grouped || (options.group_top_k >= 1 && options.group_top_k <= experts / groups),
+              "topk_gates: group_top_k must be in [1, ", experts / groups, "], got ", options.group_top_k);
+  TORCH_CHECK(!grouped || options.top_k <= options.top_groups * (experts / groups),
+              "topk_gates: top_groups must hold top_k experts, got ", options.top_groups);
   TORCH_CHECK(!selection_bias.defined() || (selection_bias.dim() == 1 && selection_bias.size(0) == experts),
               "topk_gates: selection_bias must be [", experts, "], got ", selection_bias.sizes());
-  if (!has_kernel_or_loop(logits, options.top_k)) return plain::topk_gates(logits, options, selection_bias);
+  if (grouped || !has_kernel_or_loop(logits, options.top_k))
+    return plain::topk_gates(logits, options, selection_bias);
   std::optional<Tensor> bias;
   if (selection_bias.defined()) bias = selection_bias.detach().to(cpu::accumulate_type(logits)).contiguous();
   const variable_list out = TopkGates::apply(logits.contiguous(), options, bias);

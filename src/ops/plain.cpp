@@ -14,6 +14,14 @@ std::vector<int64_t> to_vector(const Tensor& x) {
   return {c.const_data_ptr<int64_t>(), c.const_data_ptr<int64_t>() + c.numel()};
 }
 
+// choice [T, E], -inf for experts outside the best groups of a row.
+Tensor of_best_groups(const Tensor& choice, const GateOptions& options) {
+  const Tensor groups = choice.unflatten(1, {options.num_groups, -1});
+  const Tensor best = topk_ids(std::get<0>(groups.topk(options.group_top_k)).sum(-1), options.top_groups);
+  const Tensor other = at::ones_like(groups.select(2, 0), at::kBool).scatter(1, best, false);
+  return groups.masked_fill(other.unsqueeze(2), -INFINITY).flatten(1);
+}
+
 }  // namespace
 
 Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts, std::optional<int64_t> max_rows) {
@@ -101,6 +109,7 @@ Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor&
   Gates out{.scores = options.sigmoid ? at::sigmoid(z) : at::softmax(z, -1)};
   Tensor choice = out.scores.detach().narrow(1, 0, experts);
   if (selection_bias.defined()) choice = choice + selection_bias.detach();
+  if (options.num_groups > 1) choice = of_best_groups(choice, options);
   out.ids = topk_ids(choice, options.top_k);
 
   // The shared expert's column rides along as the last of the chosen ones.

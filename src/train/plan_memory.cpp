@@ -36,7 +36,8 @@ double attention_bytes(const PlanSetting& s) {
   const double q = static_cast<double>(s.model.num_heads * s.model.head_size()) / tp;
   const double kv = static_cast<double>(s.model.num_kv_heads * s.model.head_size()) / tp;
   const double normed = s.model.qk_norm == "none" ? 0 : q + kv;
-  return (2 * dim + 2 * q + 2 * kv + normed) * s.type_bytes +
+  const double clipped = s.model.clip_qkv ? q + 2 * kv : 0;
+  return (2 * dim + 2 * q + 2 * kv + normed + clipped) * s.type_bytes +
          kFloat * (1 + static_cast<double>(s.model.num_heads) / tp);
 }
 
@@ -94,7 +95,7 @@ FfnNumbers PlanSetting::ffn(bool moe) const {
   const double tp_size = static_cast<double>(tp.size), dim = static_cast<double>(model.dim);
   FfnNumbers n;
   if (!moe) {
-    const double products = model.ffn == "swiglu" && model.ffn_bias ? 3 : 2;
+    const double products = (model.ffn == "swiglu" && model.ffn_bias) || model.ffn == "quick_gelu" ? 3 : 2;
     n.kept = products * static_cast<double>(model.hidden) / tp_size;
     return n;
   }

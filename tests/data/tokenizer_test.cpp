@@ -2,12 +2,14 @@
 
 #include <fstream>
 #include <random>
+#include <sstream>
 #include <thread>
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
 #include "data/bpe.h"
+#include "data/tokenizer_spec.h"
 #include "hymoe/config/error.h"
 #include "hymoe/io/file.h"
 
@@ -375,6 +377,104 @@ TEST_F(TokenizerTest, MalformedOrUnsupported) {
   fs::remove(folder_ / "tokenizer.json");
   EXPECT_NE(refusal(folder_).find("holds no tokenizer.json"), std::string::npos);
   EXPECT_NE(refusal(folder_ / "absent.json").find("absent.json"), std::string::npos);
+}
+
+std::string base64(const std::string& bytes) {
+  const std::string digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string text;
+  for (size_t i = 0; i < bytes.size(); i += 3) {
+    uint32_t bits = 0;
+    for (size_t j = i; j < i + 3; ++j)
+      bits = bits << 8 | (j < bytes.size() ? static_cast<unsigned char>(bytes[j]) : 0);
+    for (size_t j = 0; j < 4; ++j) {
+      text += i + j > bytes.size() ? '=' : digits[bits >> (18 - 6 * j) & 63];
+    }
+  }
+  return text;
+}
+
+// What byte pair encoding by ranks leaves of a token, by the definition.
+std::vector<std::string> parts_by_ranks(const std::string& token,
+                                        const std::map<std::string, int32_t>& ranks) {
+  std::vector<std::string> parts;
+  for (const char c : token) parts.emplace_back(1, c);
+  while (parts.size() > 2) {
+    size_t best = parts.size();
+    int32_t lowest = 0;
+    for (size_t i = 0; i + 1 < parts.size(); ++i) {
+      const auto found = ranks.find(parts[i] + parts[i + 1]);
+      if (found == ranks.end() || (best < parts.size() && found->second >= lowest)) continue;
+      best = i;
+      lowest = found->second;
+    }
+    if (best == parts.size()) break;
+    parts[best] += parts[best + 1];
+    parts.erase(parts.begin() + static_cast<std::ptrdiff_t>(best) + 1);
+  }
+  return parts;
+}
+
+TEST_F(TokenizerTest, MergesOfRanksAreThoseOfTheDefinition) {
+  std::mt19937 random(5);
+  size_t longest = 0, refused = 0;
+  for (int round = 0; round < 20; ++round) {
+    std::vector<std::string> tokens;
+    std::map<std::string, int32_t> ranks;
+    std::string text;
+    const auto line = [](const std::string& token, size_t rank) {
+      return base64(token) + " " + std::to_string(rank) + "\n";
+    };
+    const auto add = [&](const std::string& token) {
+      text += line(token, tokens.size());
+      ranks[token] = static_cast<int32_t>(tokens.size());
+      tokens.push_back(token);
+    };
+    for (int b = 0; b < 256; ++b) add(std::string(1, static_cast<char>(b)));
+    std::vector<std::array<int32_t, 3>> wanted;
+    while (wanted.size() < 60) {  // of two letters, the later ones long
+      const auto pick = [&] {
+        if (wanted.empty() || random() % 3 == 0) return std::string(1, static_cast<char>('a' + random() % 2));
+        return tokens[tokens.size() - 1 - random() % std::min<size_t>(wanted.size(), 12)];
+      };
+      const std::string token = pick() + pick();
+      if (ranks.contains(token) || token.size() > 600) continue;
+      const std::vector<std::string> parts = parts_by_ranks(token, ranks);
+      if (parts.size() == 2) {
+        wanted.push_back({ranks.at(parts[0]), ranks.at(parts[1]), static_cast<int32_t>(tokens.size())});
+        longest = std::max(longest, token.size());
+        add(token);
+      } else if (++refused < 40) {
+        write("x.tiktoken", text + line(token, tokens.size()));
+        EXPECT_NE(refusal(folder_ / "x.tiktoken").find("leave " + std::to_string(parts.size()) + " parts"),
+                  std::string::npos);
+      }
+    }
+    write("x.tiktoken", text);
+    std::vector<std::array<int32_t, 3>> merges;
+    for (const Merge& m : read_tiktoken(folder_ / "x.tiktoken").merges)
+      merges.push_back({m.left, m.right, m.result});
+    EXPECT_EQ(merges, wanted);
+  }
+  EXPECT_GT(longest, 200);
+  EXPECT_GT(refused, 10);
+}
+
+TEST_F(TokenizerTest, AddedTokenThatRepeatsAnyBeforeItNamesTheFirst) {
+  json j = small_tokenizer();
+  j["added_tokens"] = json::array();
+  const auto name = [](int i) { return std::string(1, '<').append(std::to_string(i)).append(">"); };
+  for (int i = 0; i < 20; ++i) j["added_tokens"].push_back(added(300 + i, name(i), true));
+  load(j);
+  for (const auto& [id, content, before] :
+       {std::tuple{9000, name(7), 7}, {308, "<new>", 8}, {309, name(4), 4}, {304, name(9), 4}}) {
+    json repeated = j;
+    repeated["added_tokens"].push_back(added(id, content, true));
+    write("tokenizer.json", repeated.dump());
+    std::ostringstream wanted;
+    wanted << "added_tokens[20]: \"" << content << "\" with id " << id << " repeats \"" << name(before)
+           << "\" with id " << 300 + before;
+    EXPECT_NE(refusal(folder_).find(wanted.str()), std::string::npos) << refusal(folder_);
+  }
 }
 
 TEST_F(TokenizerTest, MalformedTiktokenAndGpt2Files) {

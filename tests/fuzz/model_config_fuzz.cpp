@@ -42,16 +42,21 @@ std::vector<std::string> seeds() {
       with(
           "qwen2",
           R"(,"use_sliding_window":true,"sliding_window":4,"max_window_layers":1,"layer_types":["full_attention","sliding_attention"])"),
-      with("qwen3", R"(,"attention_bias":true,"dtype":"float16")"),
+      with("qwen3",
+           R"(,"attention_bias":true,"dtype":"float16","rope_scaling":{"rope_type":"yarn","factor":4.0,)"
+           R"("mscale":1,"mscale_all_dim":0.7,"truncate":false,"original_max_position_embeddings":16})"),
       with("mixtral", experts),
       with("qwen2_moe",
            experts + R"(,"shared_expert_intermediate_size":8,"mlp_only_layers":[0],"decoder_sparse_step":1)"),
       with("qwen3_moe", experts + R"(,"norm_topk_prob":true)"),
-      with("olmoe", experts + R"(,"router_aux_loss_coef":0.01)"),
+      with("olmoe", experts + R"(,"router_aux_loss_coef":0.01,"clip_qkv":8.0)"),
       with("phimoe", experts +
                          R"(,"original_max_position_embeddings":32,"rope_scaling":{"type":"longrope",)"
                          R"("short_factor":[1,1],"long_factor":[1,2],"short_mscale":1,"long_mscale":1.2})"),
-      with("dots1", experts + R"(,"n_routed_experts":4,"n_shared_experts":1,"first_k_dense_replace":1)"),
+      with(
+          "dots1",
+          experts +
+              R"(,"n_routed_experts":4,"n_shared_experts":1,"first_k_dense_replace":1,"n_group":2,"topk_group":1)"),
       R"({"model_type":"gpt2","vocab_size":32,"n_embd":8,"n_layer":2,"n_head":2,"n_inner":null,"n_positions":16})",
       with("gpt_neox", R"(,"rotary_pct":0.5,"rotary_emb_base":1000,"hidden_act":"gelu_new")"),
       R"({"model_type":"hymoe","noncausal":false,"model":{"dim":8,"num_heads":2,"num_kv_heads":1,"moe_layers":[1],)"

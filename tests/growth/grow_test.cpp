@@ -539,6 +539,17 @@ TEST_F(Grow, RefusesRoutersThatItDoesNotKnow) {
   EXPECT_EQ(load_pretrained(grown())->config().moe.branches[1].num_experts, 6);
 }
 
+TEST_F(Grow, RefusesToCopyExpertsThatLieInGroups) {
+  tiny::write_hybrid_checkpoint(hybrid(), [](ModelConfig& model) {
+    model.moe.branches[0].router.num_groups = 2;
+    model.moe.branches[0].router.top_groups = 1;
+  });
+  const std::string text = error_of([&] { grow(hybrid(), grown(), {.experts = 2}); });
+  EXPECT_EQ(text,
+            "experts: copies would change which groups of 'token' score highest: expected 1 with "
+            "num_groups, got 2");
+}
+
 TEST_F(Grow, SaysWhatTheModelHasNot) {
   tiny::write_dense_checkpoint(dense());
   tiny::write_hybrid_checkpoint(hybrid());

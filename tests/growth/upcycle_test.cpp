@@ -369,6 +369,12 @@ TEST_F(Upcycle, SaysWhichWidthsAMethodTakes) {
   config.moe.branches[0].hidden = 12;
   EXPECT_EQ(error_of(config),
             "moe.branches.0.router: must be a multiple of the 2 slices of an FFN in top_k or bucket, got 1");
+  config.moe.branches[0].router.top_k = 2;
+  config.moe.branches[0].num_experts = 6;
+  config.moe.branches[0].router.num_groups = config.moe.branches[0].router.top_groups = 2;
+  EXPECT_EQ(error_of(config),
+            "moe.branches.0.router.num_groups: must be a multiple of the 2 slices of an FFN a group, got 2");
+  config.moe.branches[0].router.num_groups = config.moe.branches[0].router.top_groups = 1;
   config.moe.branches[0].num_experts = 5;
   EXPECT_EQ(error_of(config),
             "moe.branches.0.num_experts: must be a multiple of the 2 slices of an FFN, got 5");

@@ -31,6 +31,7 @@ GPT2 = dict(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=96, bos_t
 PROMPT, GENERATED = 8, 64
 
 
+YARN = dict(beta_fast=4.0, beta_slow=0.5, mscale=1.2, mscale_all_dim=0.7, truncate=False)
 LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24)
 MODELS = {
     "llama": ("Llama", dict(LLAMA, tie_word_embeddings=True, rope_parameters=rope(5000.0))),
@@ -39,10 +40,12 @@ MODELS = {
     "llama_biases": ("Llama", dict(LLAMA, attention_bias=True, mlp_bias=True)),
     "llama_3": ("Llama", dict(LLAMA, rope_parameters=rope(500.0, "llama3", **LLAMA3))),
     "llama_linear": ("Llama", dict(LLAMA, rope_parameters=rope(5000.0, "linear", factor=2.0))),
+    "llama_yarn": ("Llama", dict(LLAMA, rope_parameters=rope(500.0, "yarn", factor=3.0, original_max_position_embeddings=24, **YARN))),
     "mistral": ("Mistral", dict(LLAMA, sliding_window=7)),
     "qwen2": ("Qwen2", dict(QWEN, tie_word_embeddings=True, rope_parameters=rope(1e6))),
     "qwen1_5": ("Qwen2", dict(QWEN, num_key_value_heads=4, rope_parameters=rope(1e6))),
     "qwen2_windows": ("Qwen2", dict(QWEN, use_sliding_window=True, sliding_window=5, max_window_layers=2)),
+    "qwen2_yarn": ("Qwen2", dict(QWEN, rope_parameters=rope(100.0, "yarn", factor=4.0, original_max_position_embeddings=24))),
     "qwen3": ("Qwen3", dict(QWEN, head_dim=12, attention_bias=True, tie_word_embeddings=True)),
     "mixtral": ("Mixtral", dict(LLAMA, num_local_experts=4, sliding_window=9)),
     "mixtral_stacked": ("Mixtral", dict(LLAMA, num_local_experts=4)),
@@ -52,11 +55,15 @@ MODELS = {
     "phimoe": ("Phimoe", dict(PHIMOE, attention_bias=True, lm_head_bias=True, rope_parameters=rope(500.0, "longrope", **LONG))),
     "phimoe_stacked": ("Phimoe", dict(PHIMOE, sliding_window=9, rope_parameters=rope(1e4))),
     "dots1": ("Dots1", dict(DOTS, norm_topk_prob=True, routed_scaling_factor=2.5, max_window_layers=2)),
+    "dots1_groups": ("Dots1", dict(DOTS, n_routed_experts=8, n_group=4, topk_group=2, norm_topk_prob=True)),
     "gpt2": ("GPT2", dict(GPT2)),
     "gpt2_untied": ("GPT2", dict(GPT2, n_inner=40, activation_function="gelu", tie_word_embeddings=False)),
+    "gpt2_quick": ("GPT2", dict(GPT2, activation_function="quick_gelu")),
     "gpt_neox": ("GPTNeoX", dict(SIZES, num_attention_heads=4, rope_parameters=rope(1e4, partial_rotary_factor=0.5))),
+    "gpt_neox_yarn": ("GPTNeoX", dict(SIZES, num_attention_heads=4, rope_parameters=rope(50.0, "yarn", factor=4.0, attention_factor=1.3, beta_fast=4.0, original_max_position_embeddings=24, partial_rotary_factor=0.5))),
     "gpt_neox_sequential": ("GPTNeoX", dict(SIZES, num_attention_heads=4, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", rope_parameters=rope(1e4, partial_rotary_factor=1.0))),
-    "olmoe": ("Olmoe", dict(LLAMA, num_experts=6, num_experts_per_tok=3)),
+    "olmoe": ("Olmoe", dict(LLAMA, pad_token_id=None, num_experts=6, num_experts_per_tok=3)),
+    "olmoe_clipped": ("Olmoe", dict(LLAMA, pad_token_id=None, num_experts=6, num_experts_per_tok=3, clip_qkv=0.4)),
 }
 
 

@@ -40,30 +40,13 @@ class HuggingFace : public testing::Test {
 };
 std::optional<TemporaryFolder> HuggingFace::folder_;
 
-const char* const kModels[] = {"llama",
-                               "llama_wide_heads",
-                               "llama_bf16",
-                               "llama_biases",
-                               "llama_3",
-                               "llama_linear",
-                               "mistral",
-                               "qwen2",
-                               "qwen1_5",
-                               "qwen2_windows",
-                               "qwen3",
-                               "mixtral",
-                               "mixtral_stacked",
-                               "qwen2_moe",
-                               "qwen2_moe_stacked",
-                               "qwen3_moe",
-                               "olmoe",
-                               "phimoe",
-                               "phimoe_stacked",
-                               "dots1",
-                               "gpt2",
-                               "gpt2_untied",
-                               "gpt_neox",
-                               "gpt_neox_sequential"};
+const char* const kModels[] = {
+    "llama",         "llama_wide_heads",  "llama_bf16", "llama_biases",  "llama_3",
+    "llama_linear",  "llama_yarn",        "mistral",    "qwen2",         "qwen1_5",
+    "qwen2_windows", "qwen2_yarn",        "qwen3",      "mixtral",       "mixtral_stacked",
+    "qwen2_moe",     "qwen2_moe_stacked", "qwen3_moe",  "olmoe",         "olmoe_clipped",
+    "phimoe",        "phimoe_stacked",    "dots1",      "dots1_groups",  "gpt2",
+    "gpt2_untied",   "gpt2_quick",        "gpt_neox",   "gpt_neox_yarn", "gpt_neox_sequential"};
 
 double largest_difference(const Tensor& a, const Tensor& b) { return (a - b).abs().max().item<double>(); }
 
@@ -72,7 +55,8 @@ std::string theirs(const std::string& name, const std::string& family) {
   std::string result = std::regex_replace(name, std::regex("mlp\\.token\\.experts"), "mlp.experts");
   const char* router = family.starts_with("phimoe") ? "mlp.router" : "mlp.gate";
   result = std::regex_replace(result, std::regex("mlp\\.token\\.router"), router);
-  if (family == "dots1") result = std::regex_replace(result, std::regex("shared_expert"), "shared_experts");
+  if (family.starts_with("dots1"))
+    result = std::regex_replace(result, std::regex("shared_expert"), "shared_experts");
   return "grad." + result;
 }
 

@@ -235,7 +235,7 @@ TEST_F(Pretrained, BadConfigsAreNamed) {
       {"hidden_act", "gelu", {"hidden_act", "silu", "gelu"}},
       {"rope_theta", 7.0, {"rope_parameters.rope_theta"}},
       {"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}, {"rope_scaling", "rope_parameters"}},
-      {"rope_scaling", {{"type", "yarn"}, {"factor", 2.0}}, {"rope_scaling.type", "yarn", "llama3"}},
+      {"rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}, {"rope_scaling.type", "dynamic", "yarn"}},
       {"rope_parameters", {{"rope_type", "llama3"}, {"rope_theta", 10000.0}}, {"rope_parameters.factor"}},
       {"rope_parameters", {{"rope_type", "default"}, {"factor", 2.0}}, {"rope_parameters.factor"}},
       {"sliding_window", 1024, {"sliding_window"}},

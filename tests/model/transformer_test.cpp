@@ -344,6 +344,14 @@ TEST(Transformer, BadConfigsAreNamed) {
   EXPECT_EQ(
       key_of([](C& c) { c.rope = {.scaling = "llama3", .high_freq_factor = 1, .original_seq_len = 9}; }),
       "rope.high_freq_factor");
+  EXPECT_EQ(key_of([](C& c) { c.rope.scaling = "yarn"; }), "rope.original_seq_len");
+  EXPECT_EQ(key_of([](C& c) {
+              c.rope = {.scaling = "yarn", .beta_fast = 1, .beta_slow = 2, .original_seq_len = 9};
+            }),
+            "rope.beta_fast");
+  EXPECT_EQ(key_of([](C& c) { c.rope = {.scaling = "yarn", .original_seq_len = 9}, c.rope_theta = 1; }),
+            "rope_theta");
+  EXPECT_EQ(key_of([](C& c) { c.clip_qkv = 0; }), "clip_qkv");
   EXPECT_EQ(key_of([](C& c) { c.rope = {.scaling = "longrope", .original_seq_len = 9}; }),
             "rope.short_factors");
   EXPECT_EQ(key_of([](C& c) { c.full_attention_layers = {1}; }), "full_attention_layers.0");

@@ -53,6 +53,13 @@ void add_dense(Models& models) {
   linear.family = "qwen2";
   linear.rope = {.scaling = "linear", .factor = 2};
   linear.ffn = "gelu";
+  ModelConfig& yarn = models["yarn"] = base();
+  yarn.rope = {.scaling = "yarn", .factor = 4, .beta_fast = 3, .original_seq_len = 16};
+  ModelConfig& partly = models["yarn_partly"] = yarn;
+  partly.rotary_dim = 2;
+  partly.ffn = "quick_gelu";
+  partly.rope.truncate = false;
+  partly.rope.attention_factor = 1.4;
   for (const int64_t length : {16, 80}) {  // shorter than max_seq_len, and longer
     ModelConfig& longrope = models["longrope_" + std::to_string(length)] = base();
     longrope.rope = {.scaling = "longrope",
@@ -65,9 +72,25 @@ void add_dense(Models& models) {
   }
 }
 
+// Branches with names that modules of torch have attributes of.
+void add_names(Models& models) {
+  const std::vector<std::string> names{"half", "type", "forward", "train", "training", "weight", "_modules"};
+  ModelConfig& config = models["names"] = hybrid(std::vector<RouterConfig>(names.size()));
+  for (size_t b = 0; b < names.size(); ++b) config.moe.branches[b].name = names[b];
+}
+
 void add_token_routers(Models& models) {
   models["topk"] = hybrid({{.scale = 1.5}});
   models["sigmoid"] = hybrid({{.scoring = "sigmoid", .bias_update = 0.1}}, "learned", {8, true});
+  for (const int64_t best : {1, 2}) {
+    ModelConfig& groups = models["groups_" + std::to_string(best)] = models["sigmoid"];
+    BranchConfig& branch = groups.moe.branches[0];
+    branch.num_experts = 6;
+    branch.router.top_k = 3;
+    branch.router.num_groups = 3;
+    branch.router.top_groups = 2;
+    branch.router.group_top_k = best;
+  }
   models["softmax_topk"] = hybrid({{.scoring = "softmax_topk", .shared = "inside"}}, "constant", {8});
   models["inside_twice"] =
       hybrid({{.top_k = 1, .normalize = false, .shared = "inside"}, {.shared = "inside"}}, "preserve", {8});
@@ -129,6 +152,7 @@ TEST(WithCode, TransformersComputesWhatWeDo) {
   if (!has_transformers()) GTEST_SKIP() << "no transformers in " HYMOE_TEST_PYTHON;
   Models models;
   add_dense(models);
+  add_names(models);
   add_token_routers(models);
   add_segment_routers(models);
   const TemporaryFolder folder;

@@ -342,6 +342,7 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(
         TokenMode{"softmax_topk", {.top_k = 3, .scoring = "softmax_topk", .shared = "inside", .scale = 2.5}},
         TokenMode{"bias", {.scoring = "sigmoid", .scale = 1.5, .bias_update = 0.3, .jitter = 0.1}},
+        TokenMode{"groups", {.num_groups = 3, .top_groups = 2, .shared = "inside", .bias_update = 0.3}},
         TokenMode{"magnitude", {.shared = "inside", .bias_update = 0.3, .bias_rule = "magnitude"}},
         TokenMode{"drop_by_probability", {.shared = "inside", .capacity_factor = 0.5}},
         TokenMode{"drop_by_position", {.bias_update = 0.1, .capacity_factor = 0.5, .drop = "position"}},

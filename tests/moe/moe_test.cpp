@@ -287,6 +287,16 @@ TEST(MoE, RefusesConfigsThatDoNotHoldTogether) {
   config = hybrid_config();
   config.branches[0].router.top_k = 7;
   EXPECT_ERROR((void)MoE(config), "branches.0.router.top_k: expected at most num_experts, 6, got 7");
+  RouterConfig& grouped = config.branches[0].router;
+  grouped = {.top_k = 4, .num_groups = 4};
+  EXPECT_ERROR((void)MoE(config),
+               "branches.0.router.num_groups: expected a divisor of num_experts, 6, got 4");
+  grouped.num_groups = 2;
+  EXPECT_ERROR((void)MoE(config),
+               "branches.0.router.top_k: expected at most the 3 experts of top_groups, got 4");
+  grouped.group_top_k = 4;
+  EXPECT_ERROR((void)MoE(config),
+               "branches.0.router.group_top_k: expected at most a group's 3 experts, got 4");
   config = hybrid_config();
   config.shared.hidden = 0;
   EXPECT_ERROR((void)MoE(config), "branches.0.router.shared: there is no shared expert");

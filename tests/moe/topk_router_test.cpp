@@ -263,12 +263,14 @@ TEST(TopkRouter, RefusesSettingsThatWouldNotCount) {
   };
   EXPECT_EQ(refusal({.scoring = "softmax_topk", .normalize = false}), "normalize");
   EXPECT_EQ(refusal({.top_k = 1, .scoring = "softmax_topk"}), "top_k");
+  EXPECT_EQ(refusal({.num_groups = 2, .top_groups = 3}), "top_groups");
   EXPECT_EQ(refusal({.scale = 0}), "scale");
   EXPECT_EQ(refusal({.jitter = 1}), "jitter");
   EXPECT_EQ(refusal({.bias_update = -1}), "bias_update");
   for (const std::string kind : {"segment", "expert_choice", "threshold", "sparse_mixer"}) {
     EXPECT_EQ(refusal({.kind = kind}), "accepted");
     EXPECT_EQ(refusal({.kind = kind, .scoring = "softmax_topk"}), "scoring");
+    EXPECT_EQ(refusal({.kind = kind, .num_groups = 2}), "num_groups");
     EXPECT_EQ(refusal({.kind = kind, .scale = 2}), "scale");
     EXPECT_EQ(refusal({.kind = kind, .bias_update = 0}), "bias_update");
     EXPECT_EQ(refusal({.kind = kind, .capacity_factor = 1}), "capacity_factor");

@@ -1,5 +1,9 @@
 #include "hymoe/ops/gates.h"
 
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
 #include "hymoe/ops/plain.h"
 #include "ops/gradcheck.h"
 #include "ops/together.h"
@@ -90,6 +94,68 @@ TEST(TopkGates, AgreesWithItsPlainComposition) {
         const Op plain = [&](const Tensors& in) { return together(plain::topk_gates(in[0], options, bias)); };
         expect_same(op, plain, {z}, tolerance);
       }
+    }
+  }
+}
+
+// ids by the definition: what an expert's group scores, and of the experts of the best groups the best.
+std::vector<int64_t> choose_by_groups(const std::vector<double>& choice, const GateOptions& o) {
+  const size_t size = choice.size() / o.num_groups;
+  const auto best = [](const std::vector<double>& of, std::vector<int64_t> ids, size_t count) {
+    std::stable_sort(ids.begin(), ids.end(), [&](int64_t a, int64_t b) { return of[a] > of[b]; });
+    ids.resize(count);
+    return ids;
+  };
+  std::vector<double> scores;
+  std::vector<int64_t> groups, experts;
+  for (int64_t g = 0; g < o.num_groups; ++g) {
+    std::vector<double> part(choice.begin() + g * size, choice.begin() + (g + 1) * size);
+    std::sort(part.rbegin(), part.rend());
+    scores.push_back(std::accumulate(part.begin(), part.begin() + o.group_top_k, 0.0));
+    groups.push_back(g);
+  }
+  groups = best(scores, groups, o.top_groups);
+  std::sort(groups.begin(), groups.end());
+  for (const int64_t g : groups) {
+    for (size_t e = 0; e < size; ++e) experts.push_back(g * size + e);
+  }
+  return best(choice, experts, o.top_k);
+}
+
+TEST(TopkGates, ChoosesAmongTheBestGroups) {
+  int64_t moved = 0;
+  for (GateOptions options : ways()) {
+    for (const int64_t best : {1, 2, 3}) {
+      for (const int64_t top_groups : {1, 2}) {
+        options.num_groups = 4;
+        options.top_groups = top_groups;
+        options.group_top_k = best;
+        const Tensor z = at::randn({20, 12 + options.shared_last}, at::kDouble), bias = at::randn({12}) * 3;
+        const Gates g = topk_gates(z, options, bias);
+        const Tensor choice = g.scores.narrow(1, 0, 12) + bias;
+        for (int64_t t = 0; t < 20; ++t) {
+          const auto* row = choice[t].const_data_ptr<double>();
+          EXPECT_TRUE(g.ids[t].equal(ints(choose_by_groups({row, row + 12}, options))));
+        }
+        moved += g.ids.equal(plain::topk_ids(choice, 3)) ? 0 : 1;
+        const Op weights = [&](const Tensors& in) { return together(topk_gates(in[0], options, bias)); };
+        expect_gradients(weights, {leaf({2, 12 + options.shared_last})});
+      }
+    }
+  }
+  EXPECT_GT(moved, 0);
+}
+
+TEST(TopkGates, WithAllGroupsAreThoseWithout) {
+  for (const GateOptions& options : ways()) {
+    GateOptions all = options;
+    all.num_groups = all.top_groups = 4;
+    all.group_top_k = 2;
+    const Tensor z = at::randn({50, 12 + options.shared_last}), bias = at::randn({12});
+    for (const auto gates : {topk_gates, plain::topk_gates}) {
+      const Gates a = gates(z, all, bias), b = gates(z, options, bias);
+      EXPECT_TRUE(a.ids.equal(b.ids));
+      EXPECT_TRUE(together(a).equal(together(b)));
     }
   }
 }

@@ -98,7 +98,8 @@ TEST(Plan, ActivationsAreThoseKeptAndTheirPeakIsNear) {
   for (const bool recompute : {false, true}) {
     for (const char* dtype : {"float32", "bfloat16"}) {
       std::vector<ModelConfig> models = varied(tiny::dense_config());
-      models.insert(models.end(), {tiny::dense_config(), hybrid()});
+      models.insert(models.end(), {models[1], tiny::dense_config(), hybrid()});
+      models[2].ffn = "quick_gelu";
       for (const ModelConfig& of : models) {
         PlanConfig config = config_of(of);
         config.model.dim = 64;
@@ -120,7 +121,7 @@ TEST(Plan, ActivationsAreThoseKeptAndTheirPeakIsNear) {
         const double activations = planned.memory_of("activations");
         const std::string what = std::string(dtype) + (recompute ? ", recompute" : "") +
                                  (config.model.moe_layers.empty() ? ", dense " : ", hybrid ") +
-                                 config.model.norm + " " + config.model.qk_norm;
+                                 config.model.norm + " " + config.model.qk_norm + " " + config.model.ffn;
         EXPECT_NEAR((kept - output) / activations, 1, 0.03) << what;
         const double most = activations + planned.memory_of("logits") + planned.memory_of("in passing");
         EXPECT_GT(static_cast<double>(meter.most()) / most, 0.7) << what;

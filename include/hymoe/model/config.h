@@ -17,6 +17,10 @@ struct RopeConfig {
   double factor = 1;
   double low_freq_factor = 1;
   double high_freq_factor = 4;
+  double beta_fast = 32;
+  double beta_slow = 1;
+  bool truncate = true;
+  std::optional<double> attention_factor = {};
   int64_t original_seq_len = 0;
   std::vector<double> short_factors = {};
   std::vector<double> long_factors = {};
@@ -27,20 +31,26 @@ struct RopeConfig {
     using C = RopeConfig;
     return hymoe::fields(
         field("scaling", &C::scaling,
-              "linear: angles / factor; llama3: those of long waves / factor, of short ones as they are; "
-              "longrope: "
-              "each / a factor of its own, one list for models of max_seq_len above original_seq_len and one "
-              "for "
-              "others")
-            .one_of({"none", "linear", "llama3", "longrope"}),
-        field("factor", &C::factor, "of linear and llama3").above(0),
+              "linear: angles / factor; llama3 and yarn: those of long waves / factor, of short ones as they "
+              "are; longrope: each / a factor of its own, one list for models of max_seq_len above "
+              "original_seq_len and one for others")
+            .one_of({"none", "linear", "llama3", "yarn", "longrope"}),
+        field("factor", &C::factor, "of linear, llama3 and yarn").above(0),
         field("low_freq_factor", &C::low_freq_factor,
               "llama3: waves longer than original_seq_len / this are long")
             .above(0),
         field("high_freq_factor", &C::high_freq_factor,
               "llama3: waves shorter than original_seq_len / this are short")
             .above(0),
-        field("original_seq_len", &C::original_seq_len, "longest text of pretraining (llama3, longrope)")
+        field("beta_fast", &C::beta_fast, "yarn: waves of more turns than this in original_seq_len are short")
+            .above(0),
+        field("beta_slow", &C::beta_slow, "yarn: waves of fewer turns are long").above(0),
+        field("truncate", &C::truncate, "yarn: both ends are at whole pairs of channels"),
+        field("attention_factor", &C::attention_factor,
+              "yarn: factor of what rotates; by default 1 + 0.1·ln(factor)")
+            .above(0),
+        field("original_seq_len", &C::original_seq_len,
+              "longest text of pretraining (llama3, yarn, longrope)")
             .at_least(0),
         field("short_factors", &C::short_factors, "longrope: one a pair of rotating channels").above(0),
         field("long_factors", &C::long_factors, "longrope: the same for longer models").above(0),
@@ -73,6 +83,7 @@ struct ModelConfig {
   std::string qk_norm = "none";
   std::optional<bool> qkv_bias = {};  // by default that of qwen2
   bool o_bias = false;
+  std::optional<double> clip_qkv = {};
   std::string ffn = "swiglu";
   bool ffn_bias = false;
   bool parallel_residual = false;
@@ -120,10 +131,14 @@ struct ModelConfig {
             .one_of({"none", "head", "projection"}),
         field("qkv_bias", &C::qkv_bias, "biases on q, k and v; by default qwen2 alone has them"),
         field("o_bias", &C::o_bias, "a bias on attention's output"),
+        field(
+            "clip_qkv", &C::clip_qkv,
+            "if given, queries, keys and values are held within ± this, behind qk_norm and before they turn")
+            .above(0),
         field("ffn", &C::ffn,
               "the dense FFN: swiglu has gate, up and down, the others up and down (gelu_tanh: GPT-2's "
-              "formula)")
-            .one_of({"swiglu", "gelu", "gelu_tanh"}),
+              "formula; quick_gelu: x·sigmoid(1.702 x), CodeGeeX's)")
+            .one_of({"swiglu", "gelu", "gelu_tanh", "quick_gelu"}),
         field("ffn_bias", &C::ffn_bias, "biases in the dense FFN"),
         field("parallel_residual", &C::parallel_residual, "the FFN sees what attention saw, not its result"),
         field("top_query", &C::top_query,

@@ -18,6 +18,9 @@ namespace hymoe {
 struct RouterConfig {
   std::string kind = "topk";
   int64_t top_k = 2;
+  int64_t num_groups = 1;
+  int64_t top_groups = 1;
+  int64_t group_top_k = 2;
   std::string scoring = "softmax";
   std::optional<bool> normalize = {};
   std::string shared = "apart";
@@ -60,6 +63,14 @@ struct RouterConfig {
               "depends on the batch)"),
         field("top_k", &C::top_k,
               "experts a unit goes to (topk, sparse_mixer, and segment with select top_k)")
+            .at_least(1),
+        field("num_groups", &C::num_groups,
+              "parts of equal size that the experts lie in, one after another (topk)")
+            .at_least(1),
+        field("top_groups", &C::top_groups, "groups whose experts a unit may go to: those of highest score")
+            .at_least(1),
+        field("group_top_k", &C::group_top_k,
+              "experts whose scores, the highest, add up to a group's: 2 as DeepSeek-V3, 1 as DeepSeek-V2")
             .at_least(1),
         field("scoring", &C::scoring,
               "how logits become scores; softmax_topk: as softmax, but weights are a softmax over the chosen "

@@ -9,7 +9,8 @@ namespace hymoe {
 /// scores to the lower index. Weights are the scores, divided by their sum when normalised, or, with scoring
 /// softmax_topk, a softmax over the chosen logits; times `scale`. With the shared expert inside, W has one
 /// row more, the last, whose score is always in that sum and becomes shared_weight (MultiPL-MoE, arXiv
-/// 2508.19268). Padding rows get no expert. Products, scores and losses are fp32.
+/// 2508.19268). With num_groups, only experts of the top_groups best groups of a row can be chosen
+/// (ops/gates.h). Padding rows get no expert. Products, scores and losses are fp32.
 ///
 /// Losses (RouterLosses): balance loss over the E routed experts, z-loss, and, for rows that packing.prior
 /// marks, the language-prior loss; padding counts in none. W starts as N(0, 0.02).

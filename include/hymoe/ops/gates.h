@@ -16,6 +16,9 @@ struct Gates {
 
 struct GateOptions {
   int64_t top_k = 1;
+  int64_t num_groups = 1;           ///< of equal numbers of experts, one after another
+  int64_t top_groups = 1;           ///< groups that may be chosen from
+  int64_t group_top_k = 1;          ///< best experts whose scores add up to a group's
   bool sigmoid = false;             ///< scores by sigmoid instead of softmax
   bool normalize = true;            ///< weights of a row (shared expert included) sum to 1
   bool softmax_after_topk = false;  ///< weights are a softmax over the chosen logits (Mixtral)
@@ -29,7 +32,9 @@ Tensor topk_ids(const Tensor& scores, int64_t top_k);
 
 /// Chooses top_k experts a row of logits [T, E (+1 with shared_last)] by score plus selection_bias [E] (which
 /// moves the choice, not the weight: DeepSeek-V3, arXiv 2412.19437, eq. 16) and weighs them. Works in fp32
-/// (fp64 for fp64); logits of any floating type.
+/// (fp64 for fp64); logits of any floating type. Where top_groups < num_groups, only experts of the best
+/// groups of a row can be chosen, a group's score being the sum of its group_top_k best, each with its bias
+/// (DeepSeek-V3 takes two; DeepSeek-V2, arXiv 2405.04434, one): by plain operations on every device.
 Gates topk_gates(const Tensor& logits, const GateOptions& options, const Tensor& selection_bias = {});
 
 }  // namespace hymoe::ops
