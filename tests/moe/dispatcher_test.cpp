@@ -1,15 +1,13 @@
 #include "hymoe/moe/dispatcher.h"
 
-#include <memory>
 #include <set>
 #include <string>
-#include <string_view>
 
-#include <ATen/record_function.h>
 #include <gtest/gtest.h>
 
 #include "emulation/emulation.h"
 #include "emulation/ops_device.h"
+#include "moe/host_waits.h"
 #include "moe/layers.h"
 
 namespace hymoe {
@@ -77,39 +75,6 @@ TEST(Dispatcher, RefusesRoutingsWithMoreRowsThanTheySay) {
   }
 }
 
-// Operations for which the host would wait for a GPU, while one of these lives on this thread.
-class Waits {
- public:
-  Waits() : handle_(at::addThreadLocalCallback(at::RecordFunctionCallback(enter, leave).needsInputs(true))) {
-    found.clear();
-  }
-  ~Waits() { at::removeCallback(handle_); }
-  static inline std::multiset<std::string> found;
-
- private:
-  // What LibTorch's operation does on the CPU in its inside is not what it does on a GPU.
-  static inline int inside = 0;
-  static bool closed(const at::RecordFunction& f) {
-    return std::string_view(f.name()) == "aten::_grouped_mm";
-  }
-  static std::unique_ptr<at::ObserverContext> enter(const at::RecordFunction& f) {
-    static const std::set<std::string> waiting = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal",
-                                                  "aten::masked_select", "aten::is_nonzero"};
-    inside += closed(f);
-    const std::string name = f.name();
-    const auto inputs = f.inputs();
-    // As Tensor::cpu() asks: for a device and the dtype that is there. Others want another tensor's device.
-    const bool to_host = name == "aten::to" && inputs.size() == 8 && inputs[3].isDevice() &&
-                         inputs[1].isInt() && inputs[1].toScalarType() == inputs[0].toTensor().scalar_type();
-    const bool length = name == "aten::repeat_interleave" && inputs.back().isNone();
-    if (inside == 0 && (waiting.contains(name) || to_host || length)) found.insert(name);
-    return nullptr;
-  }
-  static void leave(const at::RecordFunction& f, at::ObserverContext*) { inside -= closed(f); }
-
-  at::CallbackHandle handle_;
-};
-
 // With kernels, in bf16: all products of a layer at once, and no look at the counts where the routers say how
 // many rows there can be.
 TEST(MoE, IsTheSameWithCountsOnTheDevice) {
@@ -135,13 +100,16 @@ TEST(MoE, IsTheSameWithCountsOnTheDevice) {
     for (auto& buffer : moe->named_buffers()) {
       if (buffer.key() == "windows.router.cutoff") buffer.value().zero_();
     }
+    std::multiset<std::string> waits;
     const auto run = [&](bool emulated) {
       const emulation::Emulate emulate(emulated);
       const Tensor in = x.clone().set_requires_grad(true);
       moe->zero_grad();
-      const Waits waits;
-      const MoEOutput out = moe->forward(in, packing);
-      (out.y.to(at::kFloat).square().sum() + out.aux_loss).backward();
+      MoEOutput out;
+      waits = count([&] {
+                out = moe->forward(in, packing);
+                (out.y.to(at::kFloat).square().sum() + out.aux_loss).backward();
+              }).waits;
       std::vector<Tensor> results{out.y, in.grad()};
       for (const Tensor& parameter : moe->parameters()) results.push_back(parameter.grad());
       return results;
@@ -150,7 +118,7 @@ TEST(MoE, IsTheSameWithCountsOnTheDevice) {
     const auto loops = run(false), kernels = run(true);
     const bool knows =
         branches.back().router.select == "expert_choice" || branches.back().router.chooses_top_k();
-    EXPECT_EQ(Waits::found, knows ? std::multiset<std::string>{} : std::multiset<std::string>{"aten::to"});
+    EXPECT_EQ(waits, knows ? std::multiset<std::string>{} : std::multiset<std::string>{"aten::to"});
     EXPECT_EQ(emulation::launches("zero_without_rows") - before, 2 * static_cast<int64_t>(branches.size()));
     for (size_t i = 0; i < loops.size(); ++i) {
       EXPECT_LE(max_difference(loops[i], kernels[i]), 3e-2 * std::max(1.0, max_abs(loops[i]))) << i;
