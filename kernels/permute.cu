@@ -7,14 +7,21 @@ namespace {
 
 // A warp a row in all of these.
 
-template <class T, int N>
-__global__ void gather_rows_kernel(Global<const T> x, Global<const int64_t> source_row, Global<T> rows,
+template <class T, class To, int N>
+__global__ void gather_rows_kernel(Global<const T> x, Global<const int64_t> source_row, Global<To> rows,
                                    int64_t num_rows, int64_t dim) {
   const int64_t r = row_of_warp();
   if (r >= num_rows) return;
   const int64_t source = source_row[r];
   for (int64_t i = lane_of_warp() * N; i < dim; i += kWarp * N) {
-    store<N>(rows, r * dim + i, source >= 0 ? load<N>(x, source * dim + i) : Vector<T, N>{});
+    const auto part = source >= 0 ? load<N>(x, source * dim + i) : Vector<T, N>{};
+    if constexpr (std::is_same_v<T, To>) {
+      store<N>(rows, r * dim + i, part);
+    } else {
+      Vector<To, N> out;
+      for (int j = 0; j < N; ++j) out.at[j] = static_cast<To>(static_cast<float>(part.at[j]));
+      store<N>(rows, r * dim + i, out);
+    }
   }
 }
 
@@ -103,15 +110,24 @@ __global__ void gather_sum_backward_kernel(Global<const T> dy, Global<const T> r
   }
 }
 
+template <class T, class To>
+void gather_rows_of(const GatherRows& a, Stream stream) {
+  using Wider = std::conditional_t<(sizeof(T) > sizeof(To)), T, To>;
+  with_width<Wider>(aligned<Wider>(a.dim, a.x, a.rows), [&](auto width) {
+    launch("gather_rows", gather_rows_kernel<T, To, width>, row_blocks(a.num_rows), kRowThreads, stream,
+           static_cast<const T*>(a.x), a.source_row, static_cast<To*>(a.rows), a.num_rows, a.dim);
+  });
+}
+
 }  // namespace
 
 void gather_rows(const GatherRows& a, Stream stream) {
-  with_type(a.dtype, [&](auto type) {
+  const bool other = a.dtype != a.rows_dtype, from_narrow = other && a.dtype == DType::kBFloat16;
+  with_type(from_narrow ? a.rows_dtype : a.dtype, [&](auto type) {
     using T = decltype(type);
-    with_width<T>(aligned<T>(a.dim, a.x, a.rows), [&](auto width) {
-      launch("gather_rows", gather_rows_kernel<T, width>, row_blocks(a.num_rows), kRowThreads, stream,
-             static_cast<const T*>(a.x), a.source_row, static_cast<T*>(a.rows), a.num_rows, a.dim);
-    });
+    if (!other) return gather_rows_of<T, T>(a, stream);
+    if constexpr (!std::is_same_v<T, bfloat16>)
+      return from_narrow ? gather_rows_of<bfloat16, T>(a, stream) : gather_rows_of<T, bfloat16>(a, stream);
   });
 }
 

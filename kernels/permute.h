@@ -4,13 +4,14 @@
 
 namespace hymoe::kernels {
 
-/// rows[r] = x[source_row[r]], zeros where source_row[r] is -1. x [T, dim], source_row [R], rows [R, dim].
+/// rows[r] = x[source_row[r]], zeros where source_row[r] is -1. x [T, dim], source_row [R], rows [R, dim], of
+/// x's type or, of the two, one of bfloat16.
 struct GatherRows {
   const void* x;
   const int64_t* source_row;
   void* rows;
   int64_t num_rows, dim;
-  DType dtype;
+  DType dtype, rows_dtype;
 };
 void gather_rows(const GatherRows& args, Stream stream);
 

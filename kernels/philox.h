@@ -3,14 +3,10 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/types.h"
+
 /// Random numbers that are functions of a key and a counter, the same bits on CPUs and GPUs.
 namespace hymoe::kernels {
-
-#ifdef __CUDACC__
-#define HYMOE_EVERYWHERE __host__ __device__ __forceinline__
-#else
-#define HYMOE_EVERYWHERE inline __attribute__((always_inline))
-#endif
 
 struct Words {
   uint32_t at[4];

@@ -2,6 +2,13 @@
 
 #include <cstdint>
 
+// Before a small function of both the CPU and the GPU.
+#ifdef __CUDACC__
+#define HYMOE_EVERYWHERE __host__ __device__ __forceinline__
+#else
+#define HYMOE_EVERYWHERE inline __attribute__((always_inline))
+#endif
+
 /// Types that launchers share. A launcher is one function of a struct of addresses and sizes, `void
 /// gather_rows(const GatherRows&, Stream)`: it chooses block and grid, puts the work on the stream and
 /// returns. Addresses are of the GPU's memory, tensors contiguous; addresses that may be nullptr say so.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <exception>
 #include <functional>
@@ -16,11 +17,11 @@
 
 namespace hymoe {
 
-/// Runs `body` on dp·ep·tp threads, each a rank with its mesh over Gloo, and rethrows what the lowest rank
-/// threw. Ranks share torch's generator: seed it and draw before, not in here.
+/// Runs `body` on dp·ep·tp threads (dp 0: 1), each a rank with its mesh over Gloo, and rethrows what the
+/// lowest rank threw. Ranks share torch's generator: seed it and draw before, not in here.
 inline void run_ranks(const MeshConfig& config, const std::function<void(const Mesh&)>& body,
                       std::chrono::milliseconds timeout = std::chrono::seconds(60)) {
-  const int64_t size = config.dp * config.ep * config.tp;
+  const int64_t size = std::max<int64_t>(1, config.dp) * config.ep * config.tp;
   const auto store = c10::make_intrusive<c10d::HashStore>();
   std::vector<std::exception_ptr> errors(size);
   std::vector<std::thread> threads;

@@ -80,6 +80,7 @@ struct RowExchange::State {
   std::string place;
   std::vector<int64_t> send, receive;
   Pending forth, back;
+  Tensor packed;    // what is sent, then what comes, until the exchange has it
   Tensor gradient;  // of the rows sent, under way
 };
 
@@ -88,9 +89,15 @@ struct StartExchange : Function<StartExchange> {
   using State = std::shared_ptr<RowExchange::State>;
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const State& state) {
     remember(ctx, state);
+    Tensor& packed = state->packed;
     Tensor received;
-    state->forth = state->group.start_all_to_all(rows, state->send, state->receive, received);
-    return received;
+    state->forth = state->group.start_all_to_all(packed.defined() ? packed : rows, state->send,
+                                                 state->receive, received);
+    if (!packed.defined()) return received;
+    packed = received;
+    std::vector<int64_t> sizes = rows.sizes().vec();
+    sizes[0] = received.size(0);
+    return at::empty({}, rows.options()).expand(sizes);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list&) {
     const State state = recall<State>(ctx);
@@ -127,13 +134,15 @@ Tensor gather_rows(const Tensor& x, const Group& group) {
 }
 
 RowExchange::RowExchange(const Tensor& rows, std::vector<int64_t> send, std::vector<int64_t> receive,
-                         const Group& group)
+                         const Group& group, const Tensor& packed)
     : state_(std::make_shared<State>()) {
   state_->group = group;
   state_->place = Where::place();
   state_->send = std::move(send);
   state_->receive = std::move(receive);
+  state_->packed = packed;
   received_ = group.size() == 1 ? rows : StartExchange::apply(rows, state_);
+  packed_ = std::exchange(state_->packed, Tensor());
 }
 
 Tensor RowExchange::finish() {

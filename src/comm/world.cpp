@@ -140,7 +140,7 @@ Mesh make_mesh(const c10::intrusive_ptr<c10d::Store>& store, int64_t rank, int64
                         static_cast<int>(size));
     return Group(std::shared_ptr<Communicator>(new Communicator{std::move(backend), name, watch}));
   };
-  Mesh mesh;
+  Mesh mesh{.exchange = config.exchange_type()};
   mesh.world = group("world", rank, world_size, 0, engine);
   mesh.control = group("control", rank, world_size, 0, control);
   mesh.dp = group("dp", dp, config.dp, ep * config.tp + tp, engine);

@@ -37,8 +37,8 @@ Tensor expand_units(const Tensor& per_unit, const Tensor& offsets, int64_t rows)
   return per_unit.index_select(0, at::repeat_interleave(offsets.diff(), std::optional<int64_t>(rows)));
 }
 
-Dispatcher::Dispatcher(std::vector<int64_t> num_experts, Group ep)
-    : num_experts_(std::move(num_experts)), ep_(std::move(ep)) {
+Dispatcher::Dispatcher(std::vector<int64_t> num_experts, Group ep, std::optional<at::ScalarType> exchange)
+    : num_experts_(std::move(num_experts)), ep_(std::move(ep)), exchange_(exchange) {
   for (const int64_t experts : num_experts_) {
     TORCH_CHECK(experts % ep_.size() == 0, "Dispatcher: num_experts must be a multiple of the group's ",
                 ep_.size(), " ranks, got ", experts);
@@ -159,13 +159,21 @@ void Dispatcher::count_arrivals(Dispatched& d) const {
 }
 
 void Dispatcher::send(const Tensor& x, Dispatched& d) const {
-  d.rows = ops::permute(x, d.permutation);
-  if (ep_.size() > 1) d.exchange.emplace(d.rows, d.send, d.receive, ep_);
+  Tensor packed;
+  if (ep_.size() > 1 && exchange_ && c10::elementSize(*exchange_) < x.dtype().itemsize()) {
+    const ops::PackedRows of_x = ops::pack_rows(x, d.permutation, *exchange_);
+    d.rows = of_x.rows;
+    packed = of_x.packed;
+  } else {
+    d.rows = ops::permute(x, d.permutation);
+  }
+  if (ep_.size() > 1) d.exchange.emplace(d.rows, d.send, d.receive, ep_, packed);
 }
 
 void Dispatcher::receive(Dispatched& d) const {
   if (!d.exchange) return;
-  d.rows = ops::permute(d.exchange->finish(), d.arrival);
+  const Tensor rows = d.exchange->finish(), packed = d.exchange->packed();
+  d.rows = packed.defined() ? ops::unpack_rows({rows, packed}, d.arrival) : ops::permute(rows, d.arrival);
   d.exchange.reset();
 }
 

@@ -171,7 +171,9 @@ struct MoEImpl::Branch : torch::nn::Module {
 };
 
 MoEImpl::MoEImpl(const MoEConfig& config, const Mesh& mesh)
-    : config_(checked(config, mesh)), mesh_(mesh), dispatcher_(experts_of_branches(config), mesh.ep) {
+    : config_(checked(config, mesh)),
+      mesh_(mesh),
+      dispatcher_(experts_of_branches(config), mesh.ep, mesh.exchange) {
   if (config.shared.hidden > 0) {
     shared_ = register_module("shared_expert", Swiglu(config.dim, config.shared.hidden, mesh.tp));
     if (config.shared.gate) {

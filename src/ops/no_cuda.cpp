@@ -5,6 +5,7 @@
 #include "kernels/gate.h"
 #include "kernels/grouped.h"
 #include "kernels/norm.h"
+#include "kernels/pack.h"
 #include "kernels/permute.h"
 #include "kernels/rotary.h"
 #include "kernels/segment.h"
@@ -38,6 +39,8 @@ void sparse_mixer_backward(const SparseMixerBackward&, Stream) {}
 void gather_rows(const GatherRows&, Stream) {}
 void gather_sum(const GatherSum&, Stream) {}
 void gather_sum_backward(const GatherSumBackward&, Stream) {}
+void pack_rows(const PackRows&, Stream) {}
+void unpack_rows(const UnpackRows&, Stream) {}
 void adamw(const AdamW&, Stream) {}
 void loss_rows(const LossRows&, Stream) {}
 void loss_pieces(const LossPieces&, Stream) {}

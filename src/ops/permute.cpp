@@ -1,7 +1,6 @@
 #include "hymoe/ops/permute.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -16,6 +15,7 @@
 #include "kernels/sort.h"
 #include "ops/cpu.h"
 #include "ops/device.h"
+#include "ops/gather.h"
 
 namespace hymoe::ops {
 namespace {
@@ -126,40 +126,12 @@ Tensor gather_sum(const Tensor& rows, const Tensor& weights, const Tensor& slot_
   return y;
 }
 
-Tensor gather_rows(const Tensor& x, const Tensor& source_row) {
-  Tensor rows = cpu::empty({source_row.size(0), x.size(1)}, x.options());
-  if (device::takes(x)) {
-    kernels::gather_rows({.x = device::address(x),
-                          .source_row = device::data<int64_t>(source_row),
-                          .rows = device::address(rows),
-                          .num_rows = rows.size(0),
-                          .dim = rows.size(1),
-                          .dtype = device::dtype(x)},
-                         device::stream(x));
-    return rows;
-  }
-  const size_t width = x.size(1) * x.element_size();
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char* to = static_cast<char*>(rows.mutable_data_ptr());
-  const int64_t* source = source_row.const_data_ptr<int64_t>();
-  cpu::parallel_for(rows.size(0), cpu::row_grain(x.size(1)), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      if (source[r] >= 0) {
-        std::memcpy(to + r * width, from + source[r] * width, width);
-      } else {
-        std::memset(to + r * width, 0, width);
-      }
-    }
-  });
-  return rows;
-}
-
 // rows[r] = x[source_row[r]]: dx[t] = Σ_k d_rows[slot_row[t, k]].
 struct Permute : Function<Permute> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& source_row,
                         const Tensor& slot_row) {
     ctx->save_for_backward({slot_row});
-    return gather_rows(x, source_row);
+    return gather_rows(x, source_row, x.scalar_type());
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {

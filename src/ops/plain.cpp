@@ -1,6 +1,7 @@
 #include "hymoe/ops/plain.h"
 
 #include <cmath>
+#include <limits>
 
 #include <torch/types.h>
 
@@ -58,6 +59,30 @@ Tensor rank_within_expert(const Tensor& expert_ids, int64_t num_experts) {
 Tensor permute(const Tensor& x, const Permutation& permutation) {
   const Tensor& source = permutation.source_row;
   return x.index_select(0, source.clamp_min(0)).masked_fill((source < 0).unsqueeze(1), 0);
+}
+
+Tensor pack_rows(const Tensor& x, const Tensor& source_row, at::ScalarType type) {
+  const Tensor rows = permute(x, {.source_row = source_row}).to(at::kFloat);
+  if (type == at::kBFloat16) return rows.to(type);
+  const int64_t num_rows = rows.size(0), dim = rows.size(1), count = (dim + 127) / 128;
+  const Tensor blocks = at::constant_pad_nd(rows, {0, 128 * count - dim}).view({num_rows, count, 128});
+  const Tensor most = blocks.abs().amax(2), infinite = at::isfinite(most).logical_not();
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  // By a tensor: a number may be divided by as multiplied with its inverse.
+  const Tensor scale =
+      most.div(at::full_like(most, 448)).clamp_min(std::ldexp(1, -126)).masked_fill(infinite, kNaN);
+  const Tensor elements = (blocks * scale.reciprocal().unsqueeze(2)).masked_fill(infinite.unsqueeze(2), kNaN);
+  const Tensor codes = elements.to(type).view(at::kByte).view({num_rows, 128 * count}).narrow(1, 0, dim);
+  return at::cat({at::constant_pad_nd(codes, {0, -dim & 3}), scale.view(at::kByte)}, 1);
+}
+
+Tensor unpack_rows(const Tensor& packed, const Tensor& source_row, int64_t dim, at::ScalarType type) {
+  const Tensor rows = permute(packed, {.source_row = source_row});
+  if (packed.scalar_type() == at::kBFloat16) return rows.to(type);
+  const int64_t count = (dim + 127) / 128;
+  const Tensor scale = rows.slice(1, rows.size(1) - 4 * count).contiguous().view(at::kFloat);
+  const Tensor elements = rows.narrow(1, 0, dim).contiguous().view(at::kFloat8_e4m3fn).to(at::kFloat);
+  return (elements * scale.repeat_interleave(128, 1).narrow(1, 0, dim)).to(type);
 }
 
 Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,

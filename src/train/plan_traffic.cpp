@@ -2,6 +2,7 @@
 #include <cmath>
 #include <string>
 
+#include "hymoe/ops/permute.h"
 #include "train/plan_setting.h"
 
 namespace hymoe {
@@ -77,11 +78,15 @@ void TrafficPlanner::gradients() {
 void TrafficPlanner::exchange() {
   if (s_.moe_layers == 0) return;
   const double calls = micro_ * s_.moe_layers, again = s_.config.recompute ? 1 : 0;
-  const double bytes = s_.rows * s_.ffn(true).rows * dim_ * s_.type_bytes;
+  const double rows = s_.rows * s_.ffn(true).rows, bytes = rows * dim_ * s_.type_bytes;
+  const auto packed = s_.mesh.exchange_type();
+  const bool narrower = packed && static_cast<double>(c10::elementSize(*packed)) < s_.type_bytes;
+  const double forth =
+      narrower ? rows * static_cast<double>(ops::packed_row_bytes(s_.model.dim, *packed)) : bytes;
   const double shared = micro_ * s_.seconds(s_.shared);
   int64_t experts = 0;
   for (const BranchConfig& branch : s_.model.moe.branches) experts += branch.num_experts;
-  add("rows to experts", s_.ep, "all_to_all", calls * (1 + again), bytes, shared * (1 + again));
+  add("rows to experts", s_.ep, "all_to_all", calls * (1 + again), forth, shared * (1 + again));
   add("rows from experts", s_.ep, "all_to_all", calls * (1 + again), bytes);
   add("gradients to experts", s_.ep, "all_to_all", calls, bytes);
   add("gradients from experts", s_.ep, "all_to_all", calls, bytes, 2 * shared);

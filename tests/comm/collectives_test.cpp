@@ -130,6 +130,39 @@ TEST(Collectives, GatherRowsAndExchangesHaveTrueGradients) {
   });
 }
 
+// Rank r sends two rows to the next rank and one to the one after it.
+TEST(Collectives, WhatTravelsInThePlaceOfRowsLeavesTheirGradientsAsTheyAre) {
+  run_ranks({.ep = 3}, [](const Mesh& mesh) {
+    const int64_t rank = mesh.ep.rank(), next = (rank + 1) % 3, last = (rank + 2) % 3;
+    std::vector<int64_t> send(3, 0), receive(3, 0);
+    send[next] = receive[last] = 2;
+    send[last] = receive[next] = 1;
+    const Tensor packed = at::arange(3, at::kByte).unsqueeze(1).repeat({1, 5}) + 10 * rank;
+    std::vector<Tensor> gradients;
+    for (const Tensor& in_place : {Tensor(), packed}) {
+      const Tensor x = of_rank(rank).set_requires_grad(true);
+      const int64_t before = mesh.ep.traffic()["all_to_all"].bytes;
+      RowExchange exchange(x, send, receive, mesh.ep, in_place);
+      const Tensor y = exchange.finish();
+      EXPECT_EQ(mesh.ep.traffic()["all_to_all"].bytes - before, 3 * (in_place.defined() ? 5 : 2 * 8));
+      EXPECT_EQ(y.sizes(), x.sizes());
+      if (in_place.defined()) {
+        std::vector<int64_t> from;  // numbers of the rows that came
+        for (int64_t other = 0; other < 3; ++other) {
+          const int64_t first = rank < 3 - rank - other ? 0 : 3 - receive[other];
+          for (int64_t i = 0; i < receive[other]; ++i) from.push_back(10 * other + first + i);
+        }
+        EXPECT_TRUE(exchange.packed().select(1, 4).to(at::kLong).equal(at::tensor(from)));
+      } else {
+        EXPECT_FALSE(exchange.packed().defined());
+      }
+      y.backward(of_rank(rank + 7));
+      gradients.push_back(x.grad());
+    }
+    EXPECT_TRUE(gradients[0].equal(gradients[1]));
+  });
+}
+
 // x is the same on all ranks and so is the loss, of which each rank computes a part of the product: f, then g
 // of Megatron-LM. The gradient is that of the whole product, on every rank.
 TEST(Collectives, SlicesOfAProductGiveTheGradientOfTheWhole) {
@@ -183,25 +216,38 @@ TEST(Mesh, OfAnotherNumberOfRanksIsRefused) {
   }
 }
 
-TEST(Group, ARankThatDoesNotAnswerEndsTheOthersWithWordsThatSayWhereAndWhat) {
-  std::string text;
+// What `body` throws on rank 0 of the two in a group whose other rank is gone.
+std::string error_without_rank(const MeshConfig& mesh_config, const std::function<void(const Mesh&)>& body) {
   try {
     run_ranks(
-        {.dp = 2},
-        [](const Mesh& mesh) {
-          if (mesh.dp.rank() == 1) return;  // gone
+        mesh_config,
+        [&](const Mesh& mesh) {
+          if (mesh.world.rank() == 1) return;
           const Where where("layer 3");
-          Tensor x = at::zeros({4, 5});
-          mesh.dp.all_reduce_sum(x);
+          body(mesh);
         },
         std::chrono::seconds(2));
   } catch (const Error& error) {
-    text = error.what();
+    return error.what();
   }
-  for (const char* part : {"rank 0 of 2 of group dp", "all_reduce of [4, 5] Float", "in layer 3"}) {
-    EXPECT_NE(text.find(part), std::string::npos) << text;
+  return "";
+}
+
+TEST(Group, ARankThatDoesNotAnswerEndsTheOthersWithWordsThatSayWhereAndWhat) {
+  const std::string sum = error_without_rank({.dp = 2}, [](const Mesh& mesh) {
+    Tensor x = at::zeros({4, 5});
+    mesh.dp.all_reduce_sum(x);
+  });
+  const std::string packed = error_without_rank({.dp = 1, .ep = 2}, [](const Mesh& mesh) {
+    RowExchange(at::zeros({4, 2}), {1, 3}, {2, 1}, mesh.ep, at::zeros({4, 12}, at::kByte)).finish();
+  });
+  for (const auto& [text, group, what] :
+       {std::tuple(sum, "dp", "all_reduce of [4, 5] Float"), {packed, "ep", "all_to_all of [4, 12] Byte"}}) {
+    for (const std::string& part :
+         {"rank 0 of 2 of group " + std::string(group), std::string(what), std::string("in layer 3")})
+      EXPECT_NE(text.find(part), std::string::npos) << text;
+    EXPECT_EQ(text.find('\n'), std::string::npos) << text;
   }
-  EXPECT_EQ(text.find('\n'), std::string::npos) << text;
 }
 
 }  // namespace

@@ -18,6 +18,7 @@
 #include "hymoe/ops/grouped.h"
 #include "hymoe/ops/norm.h"
 #include "hymoe/ops/permute.h"
+#include "hymoe/ops/plain.h"
 #include "hymoe/ops/recompute.h"
 #include "hymoe/ops/rotary.h"
 #include "hymoe/ops/segment.h"
@@ -67,6 +68,16 @@ const std::map<std::string, std::function<Tensor()>> kLaunching = {
     {"permute",
      [] {
        return permute(leaf({5, 4}), sort_by_expert(ids(), 3));
+     }},
+    {"pack_rows",
+     [] {
+       return pack_rows(leaf({5, 4}), sort_by_expert(ids(), 3), at::kFloat8_e4m3fn).rows;
+     }},
+    {"unpack_rows",
+     [] {
+       const Permutation permutation = sort_by_expert(ids(), 3);
+       const Tensor packed = plain::pack_rows(at::ones({5, 4}), at::arange(5), at::kFloat8_e4m3fn);
+       return unpack_rows({leaf({5, 4}), packed}, permutation);
      }},
     {"unpermute",
      [] {

@@ -10,11 +10,13 @@
 #include "emulation/emulation.h"
 #include "emulation/ops_device.h"
 #include "hymoe/ops/permute.h"
+#include "hymoe/ops/plain.h"
 #include "kernels/adamw.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/gate.h"
 #include "kernels/grouped.h"
 #include "kernels/norm.h"
+#include "kernels/pack.h"
 #include "kernels/permute.h"
 #include "kernels/rotary.h"
 #include "kernels/segment.h"
@@ -81,7 +83,23 @@ struct Buffers {
 Tensors gather_rows(const Buffers& b) {
   const Tensor x = b.normal({-1, 4}), source = b.row_numbers({-1}, {3, -1, 0, 7, 7, 2, -1, 5}),
                rows = b.normal({-1, 4});
-  kernels::gather_rows({address(x), data<int64_t>(source), address(rows), b.rows, 4, kFloat}, nullptr);
+  kernels::gather_rows({address(x), data<int64_t>(source), address(rows), b.rows, 4, kFloat, kFloat},
+                       nullptr);
+  return {b.last(rows)};
+}
+
+Tensors pack_rows(const Buffers& b) {
+  const Tensor x = b.normal({-1, 4}), source = b.row_numbers({-1}, {3, -1, 0, 7, 7, 2, -1, 5}),
+               packed = b.zeros({-1, 8}, at::kByte);
+  kernels::pack_rows({address(x), data<int64_t>(source), address(packed), b.rows, 4, kFloat}, nullptr);
+  return {b.last(packed)};
+}
+
+Tensors unpack_rows(const Buffers& b) {
+  const Tensor packed = b.zeros({-1, 8}, at::kByte), rows = b.normal({-1, 4}),
+               source = b.row_numbers({-1}, {3, -1, 0, 7, 7, 2, -1, 5});
+  b.last(packed).copy_(plain::pack_rows(at::randn({kLast, 4}), at::arange(kLast), at::kFloat8_e4m3fn));
+  kernels::unpack_rows({address(packed), data<int64_t>(source), address(rows), b.rows, 4, kFloat}, nullptr);
   return {b.last(rows)};
 }
 
@@ -337,6 +355,8 @@ struct Case {
 
 const std::map<std::string, Case> kCases = {
     {"gather_rows", {gather_rows}},
+    {"pack_rows", {pack_rows}},
+    {"unpack_rows", {unpack_rows}},
     {"gather_sum", {gather_sum}},
     {"gather_sum_backward", {gather_sum_backward}},
     {"topk", {topk}},

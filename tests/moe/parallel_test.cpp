@@ -1,3 +1,4 @@
+#include <atomic>
 #include <mutex>
 
 #include <ATen/record_function.h>
@@ -7,6 +8,7 @@
 #include "hymoe/config/error.h"
 #include "hymoe/moe/sparse_mixer_router.h"
 #include "hymoe/ops/grouped.h"
+#include "hymoe/ops/plain.h"
 #include "moe/parallel.h"
 
 namespace hymoe {
@@ -69,11 +71,33 @@ class Stacked : public Experts {
   Tensor weight_, bias_;
 };
 
+// Sees, where one process has all experts, what rows become on their way where several have them.
+class Rounded : public Stacked {
+ public:
+  Rounded(const ExpertsArgs& args, at::ScalarType type)
+      : Stacked(args), alone_(args.mesh.ep.size() == 1), type_(type) {}
+  Tensor forward(const Tensor& rows, const Tensor& rows_per_expert) override {
+    if (!alone_) return Stacked::forward(rows, rows_per_expert);
+    const Tensor all = at::arange(rows.size(0)), packed = ops::plain::pack_rows(rows.detach(), all, type_);
+    const Tensor rounded = ops::plain::unpack_rows(packed, all, rows.size(1), rows.scalar_type());
+    return Stacked::forward(rows + (rounded - rows).detach(), rows_per_expert);
+  }
+
+ private:
+  bool alone_;
+  at::ScalarType type_;
+};
+
 [[maybe_unused]] const bool kRegistered = [] {
   at::set_num_threads(1);
   routers().add("test_seeded", [](const RouterArgs& args) { return std::make_shared<Seeded>(args); });
   routers().add("test_documents", [](const RouterArgs& args) { return std::make_shared<ByDocument>(args); });
   experts().add("stacked", [](const ExpertsArgs& args) { return std::make_shared<Stacked>(args); });
+  for (const MeshConfig& mesh : {MeshConfig{.exchange = "float8"}, {.exchange = "bfloat16"}}) {
+    experts().add("rounded_" + mesh.exchange, [type = *mesh.exchange_type()](const ExpertsArgs& args) {
+      return std::make_shared<Rounded>(args, type);
+    });
+  }
   experts().add("listed", [](const ExpertsArgs& args) {
     return expert_list(args.num_experts, [&] { return torch::nn::Linear(args.dim, args.dim); });
   });
@@ -220,6 +244,64 @@ TEST(Parallel, NarrowTypesAgreeWithinTheirRounding) {
         {.name = toString(type), .config = layer(inside), .dtype = type, .tolerance = tolerance, .steps = 1});
   }
   expect_same({2, 2, 2}, cases);
+}
+
+// The experts' results and all gradients are those of rows that were rounded where one process has them all;
+// rounding itself has the gradient of doing nothing.
+TEST(Parallel, RowsThatTravelInFewerBytesAreRoundedAndNothingElseIs) {
+  for (const char* exchange : {"float8", "bfloat16"}) {
+    const std::string experts = std::string("rounded_") + exchange;
+    MoEConfig tokens = only(topk(), experts),
+              windows = only(segment_config("previous", "threshold"), experts);
+    tokens.dim = 130;
+    const std::vector<Case> cases = {
+        {"tokens", tokens},
+        {"windows", windows},
+        {"most without rows", only({.kind = "test_documents"}, experts)},
+        {.name = "recomputed", .config = tokens, .recompute = true},
+        {.name = "float32", .config = tokens, .dtype = at::kFloat, .tolerance = 3e-6, .steps = 1}};
+    expect_same({2, 2, 1, exchange}, cases);
+    expect_same({1, 4, 1, exchange}, cases);
+  }
+}
+
+TEST(Parallel, RowsTravelInTheTypeThatIsNamedWhereItIsNarrower) {
+  constexpr int64_t kSent = 12, kDim = 256;
+  const auto bytes = [&](at::ScalarType type, const MeshConfig& config) {
+    std::atomic<int64_t> of_rank_zero = 0;
+    run_ranks(config, [&](const Mesh& mesh) {
+      const Dispatcher dispatcher({4}, mesh.ep, mesh.exchange);
+      const auto traffic = [&] { return mesh.ep.traffic()["all_to_all"].bytes; };
+      const Tensor x = at::ones({kSent, kDim}, type), chosen = at::arange(kSent, at::kLong).unsqueeze(1) % 4;
+      const std::vector<Routing> routings = {{.expert_ids = chosen, .weights = at::ones({kSent, 1})}};
+      Dispatched d = dispatcher.plan(x, routings);
+      const int64_t before = traffic();
+      dispatcher.send(x, d);
+      const int64_t after = traffic();
+      dispatcher.receive(d);
+      EXPECT_EQ(d.rows.scalar_type(), type);
+      EXPECT_TRUE(at::allclose(d.rows, at::ones_like(d.rows)));
+      dispatcher.combine(d.rows, d);
+      if (mesh.ep.size() > 1) {
+        EXPECT_EQ(traffic() - after, kSent * kDim * x.element_size()) << "results are not rounded";
+      }
+      if (mesh.ep.rank() == 0) of_rank_zero = (after - before) / kSent;
+    });
+    return of_rank_zero.load();
+  };
+  EXPECT_EQ(bytes(at::kFloat, {1, 2, 1, "full"}), 4 * kDim);
+  EXPECT_EQ(bytes(at::kFloat, {1, 2, 1, "bfloat16"}), 2 * kDim);
+  EXPECT_EQ(bytes(at::kFloat, {1, 2, 1, "float8"}), kDim + 8);
+  EXPECT_EQ(bytes(at::kBFloat16, {1, 2, 1, "float8"}), kDim + 8);
+  EXPECT_EQ(bytes(at::kBFloat16, {1, 2, 1, "bfloat16"}), 2 * kDim);
+  EXPECT_EQ(bytes(at::kFloat, {2, 1, 1, "float8"}), 0);
+}
+
+TEST(Parallel, RowsThatStayWithTheirRankAreNotRounded) {
+  const Dispatcher dispatcher({4}, {}, at::kFloat8_e4m3fn);
+  const Tensor x = at::randn({8, 16}), chosen = at::arange(8).unsqueeze(1) % 4;
+  const Dispatched d = dispatcher.dispatch(x, {{.expert_ids = chosen, .weights = at::ones({8, 1})}});
+  EXPECT_TRUE(dispatcher.combine(d.rows, d).equal(x));
 }
 
 TEST(Parallel, RecomputingGivesTheSameBitsAndRoutesOnce) {

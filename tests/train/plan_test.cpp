@@ -190,8 +190,14 @@ double check_step(const PlanConfig& config, const Plan& planned) {
 
 TEST(Plan, TrafficAndStateOfAStepAreWhatItsRanksCount) {
   for (const bool option : {false, true}) {  // whether to recompute, and to shard
-    for (const MeshConfig& mesh :
-         std::vector<MeshConfig>{{2, 1, 1}, {1, 1, 2}, {1, 2, 1}, {2, 2, 1}, {2, 1, 2}, {1, 2, 2}}) {
+    for (const MeshConfig& mesh : std::vector<MeshConfig>{{2, 1, 1},
+                                                          {1, 1, 2},
+                                                          {1, 2, 1},
+                                                          {2, 2, 1},
+                                                          {2, 1, 2},
+                                                          {1, 2, 2},
+                                                          {1, 2, 1, "float8"},
+                                                          {1, 2, 1, "bfloat16"}}) {
       PlanConfig config = config_of(mesh.dp == 1 ? varied(hybrid())[option ? 1 : 0] : hybrid());
       config.parallel = mesh;
       config.recompute = config.optimizer.shard = option;

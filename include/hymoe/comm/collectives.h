@@ -26,15 +26,18 @@ Tensor gather_rows(const Tensor& x, const Group& group);
 class RowExchange {
  public:
   struct State;
-  /// rows [R, ...]; send[i] of them go to rank i, receive[i] come from it.
-  RowExchange(const Tensor& rows, std::vector<int64_t> send, std::vector<int64_t> receive,
-              const Group& group);
-  /// The received rows, in order of their ranks.
+  /// rows [R, ...]; send[i] of them go to rank i, receive[i] come from it. With `packed` [R, ...] that
+  /// travels in their place, and of rows nothing but the gradient, on the way back.
+  RowExchange(const Tensor& rows, std::vector<int64_t> send, std::vector<int64_t> receive, const Group& group,
+              const Tensor& packed = {});
+  /// The received rows, in order of their ranks; with `packed` nothing is behind them.
   Tensor finish();
+  /// What came in the place of rows, there after finish(); undefined without `packed`.
+  const Tensor& packed() const { return packed_; }
 
  private:
   std::shared_ptr<State> state_;
-  Tensor received_;
+  Tensor received_, packed_;
 };
 
 }  // namespace hymoe

@@ -34,8 +34,10 @@ struct Dispatched {
 class Dispatcher {
  public:
   /// num_experts of each branch; expert e of branch b has the number num_experts[0] + … + num_experts[b - 1]
-  /// + e. Rank r of ep has the r-th equal part of every branch's; c10::Error when it cannot.
-  explicit Dispatcher(std::vector<int64_t> num_experts, Group ep = {});
+  /// + e. Rank r of ep has the r-th equal part of every branch's; c10::Error when it cannot. Where `exchange`
+  /// is narrower than the rows, they travel to other ranks by ops::pack_rows; nothing else does.
+  explicit Dispatcher(std::vector<int64_t> num_experts, Group ep = {},
+                      std::optional<at::ScalarType> exchange = std::nullopt);
 
   /// x [T, D] and one routing a branch. Rows with padding [T] bool set (undefined: none) go to no expert.
   /// Throws c10::Error when a routing does not fit x.
@@ -63,6 +65,7 @@ class Dispatcher {
   std::vector<int64_t> num_experts_;
   int64_t num_local_ = 0;  // experts of all branches on one rank
   Group ep_;
+  std::optional<at::ScalarType> exchange_;
 };
 
 /// One value a unit [U, ...] -> one a row [T, ...], as a routing's offsets say (undefined: units are rows).

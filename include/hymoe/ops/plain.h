@@ -13,6 +13,8 @@ namespace hymoe::ops::plain {
 Permutation sort_by_expert(const Tensor& expert_ids, int64_t num_experts, std::optional<int64_t> max_rows);
 Tensor rank_within_expert(const Tensor& expert_ids, int64_t num_experts);
 Tensor permute(const Tensor& x, const Permutation& permutation);
+Tensor pack_rows(const Tensor& x, const Tensor& source_row, at::ScalarType type);
+Tensor unpack_rows(const Tensor& packed, const Tensor& source_row, int64_t dim, at::ScalarType type);
 Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& permutation,
                  const Tensor& base, const Tensor& base_weight);
 Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert);
