@@ -3,8 +3,8 @@
 
 growth.py BUILD/apps/hymoe train MODEL TOKENS [--steps 50 --work DIR --only copy stack …]
 upcycles the dense checkpoint MODEL by every method and grows it and its upcycled form, each way alone; prints what the
-receipt measured, and trains every result on the token files in TOKENS: loss of the first step, the mean of the last five
-steps, and how far any step after the fifth lies above the worst of the first five (a spike, where it is positive).
+receipt measured, and trains every result, and MODEL itself, on the token files in TOKENS: loss of the first step, the mean
+of the last five, and, of all steps, how far the loss lies above MODEL's of the same step at most.
 
 growth.py BUILD/apps/hymoe stream [--gb 20 --work DIR]
 writes a dense bf16 checkpoint of random numbers in the shape of an 8B model, with as many layers as --gb takes, and
@@ -55,13 +55,13 @@ def variants(args, hidden, layers):
     ]
 
 
-def train(args, init, name, steps):
+def train(args, init, name, steps, *settings):
     config = os.path.join(args.work, "train.yaml")
     with open(config, "w") as file:
         file.write(f"init: {init}\nruns: {args.work}/runs\ndata: {{path: {args.tokens}, seq_len: {args.seq}, batch_size: 2}}\n"
                    f"schedule: {{lr: 3.0e-4, warmup_steps: {max(1, steps // 5)}, min_ratio: 0.1}}\n"
                    "eval: {tokens: 0}\ncheckpoint: {interval: 0}\ndiagnose_interval: 0\n")
-    out = run([args.hymoe, "train", config, f"name={name}", f"steps={steps}", "--json"])
+    out = run([args.hymoe, "train", config, f"name={name}", f"steps={steps}", *settings, "--json"])
     return [row["lm_loss"] for row in map(json.loads, filter(lambda line: line.startswith("{"), out.splitlines())) if "lm_loss" in row]
 
 
@@ -70,10 +70,12 @@ def run_train(args):
     todo = variants(args, config["intermediate_size"], config["num_hidden_layers"])
     wanted = set(args.only or [name for name, *_ in todo])
     if "mix" in wanted:
-        train(args, args.model, "second", 3)
+        train(args, args.model, "second", 3, "data.seed=2")  # on rows of its own
         run_folder = os.path.join(args.work, "runs/second")
         shutil.move(os.path.join(run_folder, open(os.path.join(run_folder, "latest")).read().strip()), os.path.join(args.work, "second"))
-    print("| | parameters | largest difference of a logit | loss before → after | first step | last five | spike |\n|---|---|---|---|---|---|---|")
+    print("| | parameters | largest difference of a logit | loss before → after | first step | last five | most above dense |\n|---|---|---|---|---|---|---|")
+    dense = train(args, args.model, "dense", args.steps)
+    print(f"| dense | | | | {dense[0]:.3f} | {statistics.mean(dense[-5:]):.3f} | |", flush=True)
     for name, command, source, settings in todo:
         needed = any(other[0] in wanted and other[2] == name for other in todo)
         if name not in wanted and not needed:
@@ -85,11 +87,10 @@ def run_train(args):
         receipt = json.loads(run([args.hymoe, command, made, target, *empty, *settings, "--json"]))
         if name in wanted:
             losses = train(args, target, os.path.basename(target), args.steps)
-            spike = max(losses[5:], default=losses[0]) - max(losses[:5])
-            tail = losses[-5:]
+            above, step = max((loss - of_dense, i + 1) for i, (loss, of_dense) in enumerate(zip(losses, dense)))
             print(f"| {name} | {receipt['params_after'] / 1e6:.0f}M | {receipt['max_logit_difference']:.2g} "
-                  f"| {receipt['loss_before']:.4f} → {receipt['loss_after']:.4f} | {losses[0]:.3f} | {sum(tail) / len(tail):.3f} "
-                  f"| {'none' if spike <= 0 else f'{spike:.2f}'} |", flush=True)
+                  f"| {receipt['loss_before']:.4f} → {receipt['loss_after']:.4f} | {losses[0]:.3f} | {statistics.mean(losses[-5:]):.3f} "
+                  f"| {above:.3f}, step {step} |", flush=True)
             shutil.rmtree(os.path.join(args.work, "runs", os.path.basename(target)))
         if name != "copy":
             shutil.rmtree(target)

@@ -101,7 +101,9 @@ struct TrainConfig {
             .at_least(0),
         field("prior_languages", &C::prior_languages,
               "languages that the model knew before: those of the routers' prior_loss"),
-        field("seed", &C::seed, "of fresh weights and of the order of the data").at_least(0),
+        field("seed", &C::seed,
+              "of fresh weights and of what training draws (data.seed: of the order of rows)")
+            .at_least(0),
         field("device", &C::device, "auto takes a GPU when there is one").one_of({"auto", "cpu", "cuda"}),
         field("dtype", &C::dtype, "of weights and activations; masters, moments, losses and routing are fp32")
             .one_of({"float32", "bfloat16"}),
