@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
@@ -41,6 +42,12 @@ inline int64_t row_grain(int64_t width) { return std::max<int64_t>(1, 16384 / st
 /// at::empty; large buffers lie in huge pages where the system has them: they come fresh from the kernel
 /// every time, and faulting them in by small pages costs more than filling them.
 Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+/// The numbers of an int64 tensor; waits where it lies on a GPU.
+inline std::vector<int64_t> to_vector(const Tensor& x) {
+  const Tensor c = x.cpu().contiguous();
+  return {c.const_data_ptr<int64_t>(), c.const_data_ptr<int64_t>() + c.numel()};
+}
 
 /// e^x for |x| <= 87, saturating beyond, to 2 ulp; branch-free, so that loops over it vectorise.
 inline __attribute__((always_inline)) float exp(float x) {

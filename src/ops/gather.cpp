@@ -17,25 +17,6 @@ HYMOE_SIMD void convert_row(const T* __restrict from, To* __restrict to, int64_t
   for (int64_t i = 0; i < dim; ++i) to[i] = static_cast<To>(static_cast<float>(from[i]));
 }
 
-// copy(from, to) for a row; zeros where there is none.
-template <class F>
-void gather_with(const F& copy, const Tensor& x, const Tensor& source_row, const Tensor& rows) {
-  const int64_t from_width = x.size(1) * static_cast<int64_t>(x.element_size());
-  const int64_t to_width = rows.size(1) * static_cast<int64_t>(rows.element_size());
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char* to = static_cast<char*>(rows.mutable_data_ptr());
-  const int64_t* source = source_row.const_data_ptr<int64_t>();
-  cpu::parallel_for(rows.size(0), cpu::row_grain(x.size(1)), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      if (source[r] >= 0) {
-        copy(from + source[r] * from_width, to + r * to_width);
-      } else {
-        std::memset(to + r * to_width, 0, to_width);
-      }
-    }
-  });
-}
-
 }  // namespace
 
 Tensor gather_rows(const Tensor& x, const Tensor& source_row, at::ScalarType type) {

@@ -23,11 +23,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-std::vector<int64_t> to_vector(const Tensor& counts) {
-  const Tensor c = counts.cpu().contiguous();
-  return {c.const_data_ptr<int64_t>(), c.const_data_ptr<int64_t>() + c.numel()};
-}
-
 void check_groups(const char* op, const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert) {
   TORCH_CHECK(rows.dim() == 2, op, ": rows must be [R, D], got ", rows.sizes());
   TORCH_CHECK(rows_per_expert.dim() == 1 && rows_per_expert.scalar_type() == at::kLong, op,
@@ -240,7 +235,7 @@ bool counts_on_device(const Tensor& rows, const Tensor& weight) {
 Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert) {
   check_groups("grouped_mm", rows, weight, rows_per_expert);
   if (counts_on_device(rows, weight)) return at_once::grouped_mm(rows, weight, rows_per_expert);
-  const auto counts = to_vector(rows_per_expert);
+  const auto counts = cpu::to_vector(rows_per_expert);
   check_counts("grouped_mm", rows, counts);
   if (!device::fused(rows)) return plain::grouped_mm(rows, weight, rows_per_expert);
   return GroupedProduct::apply(rows, weight, counts);
@@ -265,7 +260,7 @@ Tensor swiglu_experts(const Tensor& rows, const Tensor& gate_up_proj, const Tens
   const bool keep = wants_gradient({rows, gate_up_proj, down_proj});
   if (counts_on_device(rows, gate_up_proj) && counts_on_device(rows, down_proj))
     return at_once::swiglu_experts(rows, gate_up_proj, down_proj, rows_per_expert, keep);
-  const auto counts = to_vector(rows_per_expert);
+  const auto counts = cpu::to_vector(rows_per_expert);
   check_counts("swiglu_experts", rows, counts);
   if (!device::fused(rows)) return plain::swiglu_experts(rows, gate_up_proj, down_proj, rows_per_expert);
   return SwigluExperts::apply(rows, gate_up_proj, down_proj, counts, keep);

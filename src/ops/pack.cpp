@@ -118,18 +118,10 @@ Tensor unpack_float8(const Tensor& packed, const Tensor& source_row, int64_t dim
     return rows;
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "unpack_rows", [&] {
-    const uint8_t* from = packed.const_data_ptr<uint8_t>();
-    const int64_t* source = source_row.const_data_ptr<int64_t>();
-    scalar_t* to = rows.mutable_data_ptr<scalar_t>();
-    cpu::parallel_for(rows.size(0), cpu::row_grain(4 * dim), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        if (source[r] >= 0) {
-          unpack_row(from + source[r] * packed.size(1), to + r * dim, dim);
-        } else {
-          std::fill(to + r * dim, to + (r + 1) * dim, scalar_t(0));
-        }
-      }
-    });
+    const auto unpack = [&](const char* from, char* to) {
+      unpack_row(reinterpret_cast<const uint8_t*>(from), reinterpret_cast<scalar_t*>(to), dim);
+    };
+    gather_with(unpack, packed, source_row, rows);
   });
   return rows;
 }

@@ -10,11 +10,6 @@
 namespace hymoe::ops::plain {
 namespace {
 
-std::vector<int64_t> to_vector(const Tensor& x) {
-  const Tensor c = x.to(at::kCPU).contiguous();
-  return {c.const_data_ptr<int64_t>(), c.const_data_ptr<int64_t>() + c.numel()};
-}
-
 // choice [T, E], -inf for experts outside the best groups of a row.
 Tensor of_best_groups(const Tensor& choice, const GateOptions& options) {
   const Tensor groups = choice.unflatten(1, {options.num_groups, -1});
@@ -101,7 +96,7 @@ Tensor unpermute(const Tensor& rows, const Tensor& weights, const Permutation& p
 }
 
 Tensor grouped_mm(const Tensor& rows, const Tensor& weight, const Tensor& rows_per_expert) {
-  const auto parts = rows.split_with_sizes(to_vector(rows_per_expert));
+  const auto parts = rows.split_with_sizes(cpu::to_vector(rows_per_expert));
   const auto matrices = weight.unbind(0);
   std::vector<Tensor> products;
   for (size_t e = 0; e < parts.size(); ++e) products.push_back(at::mm(parts[e], matrices[e].t()));
@@ -200,7 +195,7 @@ Tensor rotary(const Tensor& x, const Tensor& positions, const Tensor& inv_freq) 
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
                  const Tensor& k_offsets, int64_t window) {
-  const auto q_at = to_vector(q_offsets), k_at = to_vector(k_offsets);
+  const auto q_at = cpu::to_vector(q_offsets), k_at = cpu::to_vector(k_offsets);
   const int64_t group = q.size(1) / k.size(1);
   const double scale = 1 / std::sqrt(static_cast<double>(q.size(2)));
   std::vector<Tensor> parts{q.narrow(0, 0, 0)};
