@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a checkpoint is after upcycling and growth, and what streaming costs.
 
-growth.py BUILD/apps/hymoe train MODEL TOKENS [--steps 50 --lr 3e-4 --work DIR --only copy stack …]
+growth.py BUILD/apps/hymoe train MODEL TOKENS [--steps 50 --lr 1e-4 --work DIR --only copy stack …]
 upcycles the dense checkpoint MODEL by every method and grows it and its upcycled form, each way alone; prints what the
 receipt measured, and trains every result, and MODEL itself, on the token files in TOKENS: loss of the first step, the mean
 of the last five, and, of all steps, how far the loss lies above MODEL's of the same step at most.
@@ -193,7 +193,7 @@ def main():
     training.add_argument("--steps", type=int, default=50)
     training.add_argument("--every", type=int, default=6, help="every n-th layer becomes a MoE layer")
     training.add_argument("--seq", type=int, default=512, help="of two rows a step")
-    training.add_argument("--lr", type=float, default=3e-4, help="peak, after a fifth of the steps")
+    training.add_argument("--lr", type=float, default=1e-4, help="peak, after a fifth of the steps")
     training.add_argument("--sample-tokens", type=int, default=4096)
     training.add_argument("--only", nargs="*", help="rows to make")
     stream = kinds.add_parser("stream")

@@ -91,8 +91,6 @@ Tensor expert_matrix(const UpcycleConfig& config, const ExpertCopy& copy, const 
                      double factor, const std::string& name) {
   const int64_t dim = down ? 1 : 0;
   Tensor matrix = copy.neurons.defined() ? dense.index_select(dim, copy.neurons) : dense;
-  if (config.method == "noise" && config.noise > 0)
-    matrix = with_noise(matrix, config.noise, config.seed, name);
   if (copy.fresh.defined() && copy.fresh.numel() > 0) {
     const Tensor replaced = matrix.index_select(dim, copy.fresh).to(at::kFloat);
     const double mean = replaced.mean().item<double>(),

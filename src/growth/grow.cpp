@@ -6,6 +6,7 @@
 #include <optional>
 #include <utility>
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <torch/csrc/autograd/grad_mode.h>
@@ -107,8 +108,8 @@ class Growth {
   // same.
   void put_expert(const Source& source, const Tensor& values, const std::string& name, bool copy,
                   const Put& put) const {
-    const bool noisy = copy && config_.noise > 0 && !source.is_moment();
-    put(noisy ? with_noise(values, config_.noise, config_.seed, name) : values);
+    put_with_noise(values, copy && !source.is_moment() ? config_.noise : 0, config_.seed, name,
+                   source.info.dtype, put);
   }
 
   // The values that noise is added to: the master weights where they go along.
@@ -178,8 +179,10 @@ class Growth {
     Tensor grown = values.index_select(0, at::tensor(rows));
     if (source.is_moment() || source.name.kind == Kind::kCutoff || config_.noise == 0) return grown;
     const Tensor which = at::tensor(copies);
-    const Tensor noised = with_noise(grown, config_.noise, config_.seed, name);
-    return grown.to(at::kFloat).index_copy(0, which, noised.index_select(0, which));
+    std::vector<Tensor> noised;
+    put_with_noise(grown, config_.noise, config_.seed, name, at::kFloat,
+                   [&](const Tensor& run) { noised.push_back(run); });
+    return grown.to(at::kFloat).index_copy(0, which, at::cat(noised).view_as(grown).index_select(0, which));
   }
 
   std::function<void(const Put&)> random_router(const Source& source, const std::string& name,

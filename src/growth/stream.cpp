@@ -1,11 +1,14 @@
 #include "growth/stream.h"
 
 #include <algorithm>
+#include <cmath>
+#include <future>
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 
+#include "data/parallel.h"
 #include "hymoe/config/error.h"
 #include "hymoe/io/file.h"
 
@@ -15,7 +18,45 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int64_t kMaxShardBytes = 5'000'000'000;
-constexpr int64_t kRun = int64_t{1} << 25;  // elements that are converted at a time
+// Elements of a part, which LibTorch works on with one thread: those it would share it with spin while they
+// wait, and take the time of what reads, hashes and writes beside.
+constexpr int64_t kPart = int64_t{1} << 15;
+// Elements that are made, converted and written together: so few that the allocator keeps their memory
+// instead of asking for new pages every time.
+constexpr int64_t kRun = 128 * kPart;
+
+int64_t parts_of(const Tensor& flat) { return (flat.numel() + kPart - 1) / kPart; }
+
+Tensor part_of(const Tensor& flat, int64_t part) {
+  return flat.narrow(0, part * kPart, std::min(kPart, flat.numel() - part * kPart));
+}
+
+Tensor converted(const Tensor& run, at::ScalarType dtype) {
+  if (run.scalar_type() == dtype) return run;
+  Tensor written = at::empty(run.sizes(), dtype);
+  for (int64_t part = 0; part < parts_of(run); ++part) part_of(written, part).copy_(part_of(run, part));
+  return written;
+}
+
+// The parts' moments are merged in their order, so that the number of threads does not matter.
+double std_of(const Tensor& flat) {
+  struct Moments {
+    double mean = 0, squares = 0;  // squared distances from the mean
+  };
+  std::vector<Moments> parts(parts_of(flat));
+  parallel_for(parts_of(flat), at::get_num_threads(), [&](int64_t part) {
+    Tensor values = at::empty({part_of(flat, part).numel()}, at::kFloat).copy_(part_of(flat, part));
+    const Tensor mean = values.mean();
+    parts[part] = {mean.item<double>(), values.sub_(mean).square_().sum().item<double>()};
+  });
+  const auto count = static_cast<double>(flat.numel());
+  double mean = 0, squares = 0;
+  const auto size = [&](size_t part) { return static_cast<double>(part_of(flat, part).numel()); };
+  for (size_t i = 0; i < parts.size(); ++i) mean += parts[i].mean * size(i) / count;
+  for (size_t i = 0; i < parts.size(); ++i)
+    squares += parts[i].squares + size(i) * (parts[i].mean - mean) * (parts[i].mean - mean);
+  return count > 1 ? std::sqrt(squares / (count - 1)) : 0;
+}
 
 }  // namespace
 
@@ -29,6 +70,10 @@ SafetensorsLayout write_tensors(const fs::path& folder, const std::string& stem,
   SafetensorsLayout layout(stem, std::move(specs), kMaxShardBytes);
   layout.create(folder);  // all zero
   layout.write(folder, [&](const SafetensorsLayout::Put& put) {
+    std::future<void> writing;  // the last run, while the next is made
+    const auto wait = [&] {
+      if (writing.valid()) writing.get();
+    };
     int64_t done = 0;
     for (const auto& [spec, make] : tensors) {
       progress("write", done++, static_cast<int64_t>(tensors.size()));
@@ -36,8 +81,11 @@ SafetensorsLayout write_tensors(const fs::path& folder, const std::string& stem,
       if (make) {
         make([&](const Tensor& values) {
           for (const Tensor& run : values.contiguous().view(-1).split(kRun)) {
-            const Tensor written = run.to(spec.dtype);
-            put({.shard = {.name = spec.name, .shape = spec.shape}, .begin = begin, .values = written});
+            const Tensor written = converted(run, spec.dtype);
+            wait();
+            writing = std::async(std::launch::async, [&put, &spec, begin, written] {
+              put({.shard = {.name = spec.name, .shape = spec.shape}, .begin = begin, .values = written});
+            });
             if (seen) seen(spec.name, written);
             begin += written.numel();
           }
@@ -49,6 +97,7 @@ SafetensorsLayout write_tensors(const fs::path& folder, const std::string& stem,
                     " elements, got ", begin);
       }
     }
+    wait();
   });
   return layout;
 }
@@ -58,19 +107,22 @@ at::Generator generator_for(int64_t seed, std::string_view name) {
   return at::detail::createCPUGenerator(std::stoull(digits, nullptr, 16));
 }
 
-Tensor with_noise(const Tensor& values, double share, int64_t seed, const std::string& name) {
-  constexpr int64_t kPart = int64_t{1} << 20;
-  const Tensor exact = values.to(at::kFloat).contiguous();
-  const double std = exact.numel() > 1 ? exact.std().item<double>() : 0.0;
-  Tensor noise = at::empty_like(exact).view(-1);
-  const int64_t parts = (noise.numel() + kPart - 1) / kPart;
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      noise.narrow(0, part * kPart, std::min(kPart, noise.numel() - part * kPart))
-          .normal_(0, share * std, generator_for(seed, name + " " + std::to_string(part)));
-    }
-  });
-  return noise.view_as(exact).add_(exact);
+void put_with_noise(const Tensor& values, double share, int64_t seed, const std::string& name,
+                    at::ScalarType dtype, const NewTensor::Put& put) {
+  if (share == 0) return put(values);
+  const Tensor flat = values.contiguous().view(-1);
+  const double std = share * std_of(flat);
+  int64_t before = 0;  // parts
+  for (const Tensor& exact : flat.split(kRun)) {
+    const Tensor run = at::empty(exact.sizes(), dtype);
+    parallel_for(parts_of(run), at::get_num_threads(), [&](int64_t part) {
+      const Tensor of_run = part_of(run, part), noise = at::empty(of_run.sizes(), at::kFloat);
+      noise.normal_(0, std, generator_for(seed, name + " " + std::to_string(before + part)));
+      of_run.copy_(noise.add_(part_of(exact, part).to(at::kFloat)));
+    });
+    before += parts_of(run);
+    put(run);
+  }
 }
 
 nlohmann::ordered_json hash_files(const SafetensorsFolder& folder) {

@@ -35,9 +35,10 @@ SafetensorsLayout write_tensors(const std::filesystem::path& folder, const std::
 /// The random numbers of one tensor, whatever was drawn for others.
 at::Generator generator_for(int64_t seed, std::string_view name);
 
-/// values + N(0, (share·std(values))²), in fp32; what is added is that of generator_for(seed, name), part by
-/// part, so that it does not depend on the number of threads.
-Tensor with_noise(const Tensor& values, double share, int64_t seed, const std::string& name);
+/// Hands on values + N(0, (share·std(values))²), added in fp32 and rounded to `dtype`, run by run. What is
+/// drawn does not depend on the number of threads. With a share of 0, the values as they are.
+void put_with_noise(const Tensor& values, double share, int64_t seed, const std::string& name,
+                    at::ScalarType dtype, const NewTensor::Put& put);
 
 /// SHA-256 of every file of weights, by name.
 nlohmann::ordered_json hash_files(const SafetensorsFolder& folder);

@@ -150,8 +150,9 @@ class Upcycling {
     for (size_t e = 0; e < copies.size(); ++e) {
       for (const std::string& matrix : matrices) {
         const Tensor dense = sources_[copies[e].source]->tensor(mlp + matrix + ".weight");
-        put(expert_matrix(config_, copies[e], dense, matrix == "down_proj", factor,
-                          pool + matrix + "." + std::to_string(e)));
+        const std::string name = pool + matrix + "." + std::to_string(e);
+        put_with_noise(expert_matrix(config_, copies[e], dense, matrix == "down_proj", factor, name),
+                       config_.method == "noise" ? config_.noise : 0, config_.seed, name, dtype_, put);
       }
     }
   }
