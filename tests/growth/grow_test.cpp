@@ -16,104 +16,6 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-std::vector<int64_t> sources(int64_t n, const GrowConfig& config) {
-  std::vector<int64_t> all;
-  for (const GrownLayer& layer : layer_map(n, config)) all.push_back(layer.source);
-  return all;
-}
-
-std::vector<int64_t> copies(int64_t n, const GrowConfig& config) {
-  std::vector<int64_t> all;
-  const auto layers = layer_map(n, config);
-  for (size_t j = 0; j < layers.size(); ++j) {
-    if (layers[j].copy) all.push_back(static_cast<int64_t>(j));
-  }
-  return all;
-}
-
-using List = std::vector<int64_t>;
-
-TEST(LayerMap, InterposesCopiesBehindTheirSource) {
-  EXPECT_EQ(sources(3, {.num_layers = 6}), List({0, 0, 1, 1, 2, 2}));
-  EXPECT_EQ(copies(3, {.num_layers = 6}), List({1, 3, 5}));
-  EXPECT_EQ(sources(2, {.num_layers = 6}), List({0, 0, 0, 1, 1, 1}));
-  EXPECT_EQ(sources(5, {.num_layers = 7, .first = 1, .last = 2}), List({0, 1, 1, 2, 2, 3, 4}));
-  EXPECT_EQ(copies(5, {.num_layers = 7, .first = 1, .last = 2}), List({2, 4}));
-}
-
-TEST(LayerMap, StacksTheBlockAgain) {
-  EXPECT_EQ(sources(3, {.num_layers = 6, .depth = "stack"}), List({0, 1, 2, 0, 1, 2}));
-  EXPECT_EQ(copies(3, {.num_layers = 6, .depth = "stack"}), List({3, 4, 5}));
-  // [0, n - c), then [a, n) twice: 3·5 - 2 - 2·1 layers
-  const GrowConfig thrice{.num_layers = 11, .depth = "stack", .first = 1, .last = 2};
-  EXPECT_EQ(sources(5, thrice), List({0, 1, 2, 1, 2, 3, 4, 1, 2, 3, 4}));
-  EXPECT_EQ(copies(5, thrice), List({3, 4, 7, 8, 9, 10}));
-}
-
-// Against the formulas of arXiv 2510.08008's code, for all options.
-TEST(LayerMap, FollowsTheFormulas) {
-  for (int64_t n = 1; n <= 7; ++n) {
-    for (int64_t a = 0; a < n; ++a) {
-      for (int64_t c = 0; a + c < n; ++c) {
-        for (int64_t k = 1; k <= 4; ++k) {
-          List interposed, stacked;
-          for (int64_t i = 0; i < n; ++i) interposed.insert(interposed.end(), a <= i && i < n - c ? k : 1, i);
-          for (int64_t i = 0; i < n - c; ++i) stacked.push_back(i);
-          for (int64_t r = 1; r < k; ++r) {
-            for (int64_t i = a; i < n; ++i) stacked.push_back(i);
-          }
-          const auto size = [](const List& list) { return static_cast<int64_t>(list.size()); };
-          EXPECT_EQ(size(interposed), n + (k - 1) * (n - a - c));
-          EXPECT_EQ(sources(n, {.num_layers = size(interposed), .first = a, .last = c}), interposed);
-          if (k == 1) continue;
-          EXPECT_EQ(size(stacked), k * n - c - (k - 1) * a);
-          EXPECT_EQ(sources(n, {.num_layers = size(stacked), .depth = "stack", .first = a, .last = c}),
-                    stacked);
-        }
-      }
-    }
-  }
-}
-
-TEST(LayerMap, ReachesNumbersBetweenTheMultiples) {
-  const GrowConfig config{.num_layers = 54, .first = 1, .last = 1};  // the paper's 28 -> 54
-  const List map = sources(28, config);
-  EXPECT_EQ(map.size(), 54u);
-  EXPECT_EQ(List(map.begin(), map.begin() + 5), List({0, 1, 1, 2, 2}));
-  EXPECT_EQ(List(map.end() - 3, map.end()), List({26, 26, 27}));
-  EXPECT_EQ(sources(4, {.num_layers = 6}), List({0, 0, 1, 2, 2, 3}));
-}
-
-TEST(LayerMap, PutsIdentityBlocksBehindEveryGroup) {  // LLaMA-Pro: 32 -> 40 is a block every 4
-  EXPECT_EQ(sources(4, {.num_layers = 6, .depth = "identity"}), List({0, 1, 1, 2, 3, 3}));
-  EXPECT_EQ(copies(4, {.num_layers = 6, .depth = "identity"}), List({2, 5}));
-  EXPECT_EQ(copies(32, {.num_layers = 40, .depth = "identity"}), List({4, 9, 14, 19, 24, 29, 34, 39}));
-  EXPECT_EQ(sources(6, {.num_layers = 8, .depth = "identity", .first = 1, .last = 1}),
-            List({0, 1, 2, 2, 3, 4, 4, 5}));
-}
-
-std::string error_of(const std::function<void()>& body) {
-  try {
-    body();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
-TEST(LayerMap, SaysWhatCannotBe) {
-  const auto error = [](int64_t n, const GrowConfig& config) {
-    return error_of([&] { layer_map(n, config); });
-  };
-  EXPECT_EQ(error(4, {.num_layers = 3}), "num_layers: expected at least the 4 that there are, got 3");
-  EXPECT_EQ(error(4, {.num_layers = 7, .depth = "stack"}),
-            "num_layers: stacking gives 4 + a multiple of 4 layers, got 7");
-  EXPECT_EQ(error(4, {.num_layers = 7, .depth = "identity"}),
-            "num_layers: identity adds a divisor of the 4 layers that may be copied, got 7");
-  EXPECT_EQ(error(4, {.num_layers = 7, .first = 3, .last = 1}),
-            "first: first and last leave none of 4 layers to copy");
-}
-
 class Grow : public testing::Test {
  protected:
   Grow() {
@@ -173,7 +75,7 @@ TEST_F(Grow, ZeroedOutputsKeepTheFunction) {  // law 9
       EXPECT_GT(receipt.comparison.sample_tokens, 80);
     }
   }
-  EXPECT_EQ(load_pretrained(grown())->config().moe_layers, List({2, 3}));
+  EXPECT_EQ(load_pretrained(grown())->config().moe_layers, (std::vector<int64_t>{2, 3}));
   const Tensor down = SafetensorsFolder(grown()).tensor("model.layers.3.mlp.segment.experts.down_proj");
   EXPECT_EQ(down.count_nonzero().item<int64_t>(), 0);
 }
@@ -322,7 +224,7 @@ TEST_F(Grow, FreezePatternsFollowTheirLayers) {
   EXPECT_EQ(load_pretrained(grown())->config().freeze,
             std::vector<std::string>({"*norm.weight", "model.layers.2.mlp.*", "model.layers.3.mlp.*"}));
   tiny::write_hybrid_checkpoint(hybrid(), [](ModelConfig& model) { model.freeze = {"model.layers.1*"}; });
-  EXPECT_NE(error_of([&] { grow(hybrid(), folder / "none", config(4)); }).find("freeze pattern"),
+  EXPECT_NE(message_of<Error>([&] { grow(hybrid(), folder / "none", config(4)); }).find("freeze pattern"),
             std::string::npos);
   EXPECT_FALSE(fs::exists(folder / "none"));
 }
@@ -413,7 +315,7 @@ TEST_F(Grow, FilesMustHoldWhatTheConfigSays) {
   const auto error = [&](const json& config, NamedTensors layer) {
     const fs::path source = folder / "wrong";
     write_moe(source, config, layer, 1 << 20);
-    return error_of([&] { grow(source, grown(), {.num_layers = 0, .experts = 2}); })
+    return message_of<Error>([&] { grow(source, grown(), {.num_layers = 0, .experts = 2}); })
         .substr(source.string().size());
   };
   const json mixtral{{"model_type", "mixtral"}, {"num_local_experts", 3}};
@@ -533,7 +435,7 @@ TEST_F(Grow, RefusesRoutersThatItDoesNotKnow) {
     model.moe.branches[0].router.kind = "own";
   });
   EXPECT_EQ(
-      error_of([&] { grow(hybrid(), grown(), {.experts = 2}); }),
+      message_of<Error>([&] { grow(hybrid(), grown(), {.experts = 2}); }),
       "experts: cannot grow model.layers.1.mlp.token.router.own, which is not of our routers and experts");
   grow(hybrid(), grown(), {.num_layers = 4, .experts = 2, .branches = {"segment"}});
   EXPECT_EQ(load_pretrained(grown())->config().moe.branches[1].num_experts, 6);
@@ -544,7 +446,7 @@ TEST_F(Grow, RefusesToCopyExpertsThatLieInGroups) {
     model.moe.branches[0].router.num_groups = 2;
     model.moe.branches[0].router.top_groups = 1;
   });
-  const std::string text = error_of([&] { grow(hybrid(), grown(), {.experts = 2}); });
+  const std::string text = message_of<Error>([&] { grow(hybrid(), grown(), {.experts = 2}); });
   EXPECT_EQ(text,
             "experts: copies would change which groups of 'token' score highest: expected 1 with "
             "num_groups, got 2");
@@ -554,7 +456,7 @@ TEST_F(Grow, SaysWhatTheModelHasNot) {
   tiny::write_dense_checkpoint(dense());
   tiny::write_hybrid_checkpoint(hybrid());
   const auto error = [&](const fs::path& source, const GrowConfig& config) {
-    const std::string text = error_of([&] { grow(source, grown(), config); });
+    const std::string text = message_of<Error>([&] { grow(source, grown(), config); });
     EXPECT_FALSE(fs::exists(grown()));
     return text;
   };
