@@ -5,6 +5,7 @@
 
 #include "commands.h"
 #include "hymoe/config/error.h"
+#include "hymoe/io/file.h"
 #include "hymoe/model/pretrained.h"
 
 namespace hymoe {
@@ -37,6 +38,7 @@ void add_export(CLI::App& program) {
                     "any model, in our layout, with the Python by which transformers loads it");
   command->callback([arguments] {
     const auto& [checkpoint, target, with_code] = *arguments;
+    check_vacant(target);
     const ModelConfig config = read_model_config(checkpoint);
     const at::ScalarType dtype = read_dtype(checkpoint);
     if (!with_code) check_family(config, dtype);

@@ -1,5 +1,6 @@
 #include <malloc.h>
 
+#include <cstdio>
 #include <exception>
 #include <iostream>
 
@@ -45,6 +46,9 @@ int main(int argc, char** argv) {
   hymoe::add_config(program);
   try {
     program.parse(argc, argv);
+    std::cout.flush();
+    if (!std::cout || std::fflush(stdout) != 0 || std::ferror(stdout) != 0)
+      return fail("standard output: cannot write");
     return 0;
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return program.exit(error);  // --help, --version

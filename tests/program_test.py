@@ -146,6 +146,7 @@ class Program(Workspace):
         rows = [json.loads(line) for line in open("runs/on/metrics.jsonl")]
         self.assertEqual([row["step"] for row in rows if "lm_loss" in row], [5, 6])
         self.assertEqual(json.load(open("runs/on/step-00000006/config.json"))["model"]["num_layers"], 4)
+        self.assertIn("is there already", self.error("grow", small, "deep", "num_layers=4"))
         self.assertEqual(self.error("grow", "deep", "none", "experts=0"), "hymoe: command line: experts: wanted at least 1, got 0")
 
     def test_growth_keeps_what_hugging_faces_models_compute(self):
@@ -230,6 +231,7 @@ class Program(Workspace):
         self.assertEqual(open("exported/tokenizer.json").read(), open("tokenizer/tokenizer.json").read())
         prompt = ["--prompt", "fn add", "--max-new-tokens", "40", "--ignore-eos", "--json"]
         self.assertEqual(self.ok("generate", "exported", *prompt), self.ok("generate", self.experts("qwen3_moe"), *prompt))
+        self.assertIn("is there already", self.error("export", "hybrid", "hybrid", "--with-code"))
         self.assertIn("--with-code", self.error("export", "hybrid", "refused"))
         self.assertIn("qk_norm", self.error("export", self.experts("mixtral"), "refused"))
         self.assertFalse(os.path.exists("refused"))
@@ -419,6 +421,11 @@ class Program(Workspace):
         self.error("score", exit_code=2)
 
     @unittest.skipIf(os.path.exists("/dev/nvidia0"), "there is a GPU")
+    def test_output_that_nobody_can_take_is_an_error(self):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run([HYMOE, "config", "train"], stdout=full, stderr=subprocess.PIPE, text=True)
+        self.assertEqual((result.returncode, result.stderr), (1, "hymoe: standard output: cannot write\n"))
+
     def test_a_machine_without_a_gpu_says_what_is_missing(self):
         line = self.error("train", "dense.yaml", "device=cuda", "name=no-gpu")
         self.assertRegex(line, "device: cuda was asked for, but (the machine shows no GPU|the LibTorch of this build has no CUDA)")

@@ -1,6 +1,5 @@
 #include "hymoe/growth/grow.h"
 
-#include <future>
 #include <limits>
 #include <map>
 #include <optional>
@@ -212,7 +211,8 @@ void check_names(const SafetensorsFolder& model, const GrownConfig& grown) {
   for (const std::string& name : model.names()) {
     const TensorName parsed = parse_name(name);
     ++tensors[parsed.layer];
-    if (parsed.kind == Kind::kStacked) experts[{parsed.pool, name}] = model.info(name).shape.at(0);
+    if (parsed.kind == Kind::kStacked)
+      experts[{parsed.pool, name}] = model.info(name).shape.empty() ? 0 : model.info(name).shape[0];
     if (parsed.kind == Kind::kExpert)
       ++experts[{parsed.pool, layer_prefix(parsed.layer) + parsed.head + "*" + parsed.tail}];
   }
@@ -302,6 +302,8 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
                  const GrowthProgress& told) {
   const GrowthProgress progress = told ? told : [](const char*, int64_t, int64_t) {};
   check_config(given);
+  check_vacant(target);
+  AtomicDirectory directory(target);
   const torch::NoGradGuard no_grad;
   GrowConfig config = given;
   config.zero_outputs |= config.depth == "identity";
@@ -319,7 +321,7 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
     sample = read_sample(config.sample, config.sample_tokens, config.sample_seq_len, config.seed, source);
     before = outputs(source, "measure source");
   }
-  auto hashes = std::async(std::launch::async, [&] { return hash_files(model); });
+  FileHashes hashes({&model});
 
   GrowReceipt receipt{.source = source.string(),
                       .config = config,
@@ -328,7 +330,6 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
   const Growth growth(config, grown, model, optimizer ? &*optimizer : nullptr);
   std::vector<const SafetensorsFolder*> read = {&model};
   if (optimizer) read.push_back(&*optimizer);
-  AtomicDirectory directory(target);
   const fs::path& folder = directory.folder();
   const std::vector<NewTensor> tensors = growth.tensors(model);
   for (const std::string& name : model.names())
@@ -344,8 +345,8 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
     write_tensors(folder, "optimizer", growth.tensors(*optimizer), read, progress);
     write_state(source, folder);
   }
-  if (sample) receipt.comparison = compare(before, outputs(folder, "measure target"), *sample);
-  receipt.source_files = hashes.get();
+  if (sample) receipt.comparison = compare(source, before, outputs(folder, "measure target"), *sample);
+  receipt.source_files = hashes.get()[0];
   write_file_atomic(folder / "receipt.json", receipt.to_json().dump(2) + "\n");
   write_file_atomic(folder / "grow.yaml", to_yaml(config));
   directory.commit();

@@ -2,15 +2,18 @@
 
 #include <algorithm>
 #include <cctype>
+#include <charconv>
 #include <string_view>
 
-#include <yaml-cpp/yaml.h>
-
+#include "config/node.h"
 #include "growth/grown_names.h"
 #include "growth/stream.h"
 #include "hymoe/config/config.h"
+#include "hymoe/io/file.h"
 #include "hymoe/model/config.h"
 #include "hymoe/model/pretrained.h"
+#include "model/config_file.h"
+#include "model/family_experts.h"
 
 namespace hymoe {
 namespace {
@@ -61,7 +64,8 @@ std::vector<std::string> grow_patterns(const std::vector<std::string>& patterns,
       throw ConfigError("num_layers", "the source's config has freeze pattern '" + pattern +
                                           "', which does not say which of the new layers it means");
     }
-    const int64_t layer = std::stoll(pattern.substr(first, end - first));
+    int64_t layer = -1;
+    std::from_chars(&pattern[first], &pattern[end], layer);
     for (size_t j = 0; j < layers.size(); ++j) {
       if (layers[j].source == layer)
         grown.push_back(pattern.substr(0, first) + std::to_string(j) + pattern.substr(end));
@@ -101,51 +105,44 @@ std::map<std::string, GrownPool> pools_of(const ModelConfig& model, const GrowCo
   return pools;
 }
 
-int64_t number(const ordered_json& json, const char* key, const fs::path& path) {
-  if (!json.contains(key) || !json[key].is_number_integer())
-    throw DataError(path.string() + ": " + key, "expected an integer");
-  return json[key].get<int64_t>();
-}
-
-// Qwen's models say which layers are dense: those of mlp_only_layers, and all but every
-// decoder_sparse_step-th.
-void grow_sparse_layers(ordered_json& json, const std::vector<GrownLayer>& layers) {
-  const int64_t step = json.value("decoder_sparse_step", int64_t{1});
-  const auto dense = json.value("mlp_only_layers", std::vector<int64_t>{});
-  if (step == 1 && dense.empty()) return;
-  std::vector<int64_t> grown;
-  for (size_t j = 0; j < layers.size(); ++j) {
-    const int64_t layer = layers[j].source;
-    const bool is_dense = std::find(dense.begin(), dense.end(), layer) != dense.end();
-    if (is_dense || step <= 0 || (layer + 1) % step != 0) grown.push_back(static_cast<int64_t>(j));
-  }
-  json["mlp_only_layers"] = grown;
+// Qwen's models say which layers are dense.
+void grow_sparse_layers(ordered_json& json, const ConfigFile& file, int64_t before,
+                        const std::vector<GrownLayer>& layers) {
+  const std::vector<int64_t> sparse = read_moe_layers(file, before);
+  if (static_cast<int64_t>(sparse.size()) == before) return;
+  json["mlp_only_layers"] = ordered_json::array();
   json["decoder_sparse_step"] = 1;
+  for (size_t j = 0; j < layers.size(); ++j) {
+    if (std::find(sparse.begin(), sparse.end(), layers[j].source) == sparse.end())
+      json["mlp_only_layers"].push_back(j);
+  }
 }
 
-void grow_hugging_face(GrownConfig& grown, const fs::path& path, const GrowConfig& config) {
+void grow_hugging_face(GrownConfig& grown, const ConfigFile& file, const GrowConfig& config) {
   ordered_json& json = grown.json;
-  const int64_t before = number(json, "num_hidden_layers", path);
+  const int64_t before = file.get_layers("num_hidden_layers");
   grown.layers = layer_map(before, config);
   for (const char* key : {"num_local_experts", "num_experts"}) {
-    if (!json.contains(key)) continue;
-    const int64_t experts = number(json, key, path);
+    if (file.find(key) == nullptr) continue;
+    const int64_t experts = file.get_size(key);
     grown.pools[""] = {experts, true, false};
     json[key] = experts * config.experts;
-    if (config.top_k == "scale")
-      json["num_experts_per_tok"] = number(json, "num_experts_per_tok", path) * config.experts;
   }
+  if (!grown.pools.empty() && config.top_k == "scale")
+    json["num_experts_per_tok"] = file.get_size("num_experts_per_tok") * config.experts;
   if (!config.branches.empty()) throw ConfigError("branches", "Hugging Face's models have no branches");
   if (static_cast<int64_t>(grown.layers.size()) == before) return;
   json["num_hidden_layers"] = grown.layers.size();
-  if (!grown.pools.empty()) grow_sparse_layers(json, grown.layers);
-  if (json.contains("layer_types") && json["layer_types"].is_array()) {
-    const ordered_json types = json["layer_types"];
+  if (!grown.pools.empty()) grow_sparse_layers(json, file, before, grown.layers);
+  if (file.find("layer_types") != nullptr) {
+    const auto types = file.get<std::vector<std::string>>("layer_types");
+    if (static_cast<int64_t>(types.size()) != before)
+      file.fail("layer_types", "expected " + std::to_string(before) + " of them, one a layer, got " +
+                                   std::to_string(types.size()));
     json["layer_types"] = ordered_json::array();
-    for (const GrownLayer& layer : grown.layers) json["layer_types"].push_back(types.at(layer.source));
-  } else if (json.contains("use_sliding_window") && json["use_sliding_window"] == true) {
-    throw DataError(path.string() + ": use_sliding_window",
-                    "layers with windows cannot be told apart without layer_types");
+    for (const GrownLayer& layer : grown.layers) json["layer_types"].push_back(types[layer.source]);
+  } else if (file.get<bool>("use_sliding_window", false)) {
+    file.fail("use_sliding_window", "layers with windows cannot be told apart without layer_types");
   }
 }
 
@@ -154,9 +151,10 @@ void grow_hugging_face(GrownConfig& grown, const fs::path& path, const GrowConfi
 GrownConfig grown_config(const fs::path& source, const GrowConfig& config) {
   static const std::vector<std::string> families = {"llama",   "mistral",   "qwen2",     "qwen3",
                                                     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"};
-  const fs::path path = source / "config.json";
-  GrownConfig grown{.json = read_object(path)};
-  const std::string type = grown.json.value("model_type", "");
+  const ConfigFile file = ConfigFile::in(source);
+  GrownConfig grown{.json = read_object(file.path())};
+  grown.json.erase("auto_map");  // its Python files do not come along
+  const auto type = file.get<std::string>("model_type", "");
   if (type == "hymoe") {
     const ModelConfig model = read_model_config(source);
     grown.layers = layer_map(model.num_layers, config);
@@ -167,19 +165,23 @@ GrownConfig grown_config(const fs::path& source, const GrowConfig& config) {
     }
     grown.json["model"] = to_json(grow_model(model, config, grown.layers));
   } else if (std::find(families.begin(), families.end(), type) != families.end()) {
-    grow_hugging_face(grown, path, config);
+    grow_hugging_face(grown, file, config);
   } else {
-    throw DataError(path.string() + ": model_type", "'" + type + "' is unknown" + choices(type, families));
+    file.fail("model_type", "'" + type + "' is unknown" + choices(type, families));
   }
   if (config.experts > 1 && grown.pools.empty())
     throw ConfigError("experts",
                       "the model has no experts: expected 1, got " + std::to_string(config.experts));
   if (const fs::path of_run = source / "config.yaml"; fs::exists(of_run)) {
-    YAML::Node yaml = YAML::LoadFile(of_run.string());
-    if (!yaml["model"]) throw DataError(of_run.string(), "expected the config of a run, with a model");
-    const auto model = parse_config<ModelConfig>(YAML::Dump(yaml["model"]), of_run.string());
-    yaml["model"] = YAML::Load(to_yaml(grow_model(model, config, grown.layers)));
-    grown.yaml = YAML::Dump(yaml) + "\n";
+    Node run = parse_yaml(read_text(of_run), of_run.string());
+    const auto model = std::find_if(run.entries.begin(), run.entries.end(),
+                                    [](const Node& entry) { return entry.key == "model"; });
+    if (model == run.entries.end())
+      throw DataError(of_run.string(), "expected the config of a run, with a model");
+    const auto before = parse_config<ModelConfig>(write_yaml(*model), of_run.string());
+    *model = parse_yaml(to_yaml(grow_model(before, config, grown.layers)), of_run.string());
+    model->key = "model";
+    grown.yaml = write_yaml(run);
   }
   return grown;
 }

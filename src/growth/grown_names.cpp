@@ -1,41 +1,67 @@
 #include "growth/grown_names.h"
 
 #include <algorithm>
-#include <regex>
+#include <cctype>
+#include <charconv>
+#include <string_view>
 
 #include "hymoe/config/error.h"
 
 namespace hymoe {
 
+namespace {
+
+bool take(std::string_view& text, std::string_view prefix) {
+  if (!text.starts_with(prefix)) return false;
+  text.remove_prefix(prefix.size());
+  return true;
+}
+
+// A number and the dot behind it, which something follows; else takes nothing and returns -1.
+int64_t take_number(std::string_view& text) {
+  int64_t number = -1;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  const auto digits = static_cast<size_t>(end - text.data());
+  if (error != std::errc() || number < 0 || digits + 1 >= text.size() || text[digits] != '.') return -1;
+  text.remove_prefix(digits + 1);
+  return number;
+}
+
+}  // namespace
+
 TensorName parse_name(const std::string& name) {
-  static const std::regex layer(R"(model\.layers\.(\d+)\.(.+))");
-  static const std::regex expert(R"(((?:mlp|block_sparse_moe)\.(?:([^.]+)\.)?experts\.)(\d+)(\..+))");
-  static const std::regex stacked(R"((?:mlp|block_sparse_moe)\.(?:([^.]+)\.)?experts\.[^0-9].*)");
-  static const std::regex router(R"(mlp\.([^.]+)\.router\.(?:predictor\.)?(?:weight|bias))");
-  static const std::regex gate(R"((?:mlp|block_sparse_moe)\.gate\.weight)");
-  static const std::regex cutoff(R"(mlp\.([^.]+)\.router\.cutoff(_steps)?)");
+  using Kind = TensorName::Kind;
   TensorName parsed;
-  std::smatch match;
-  if (!std::regex_match(name, match, layer)) return parsed;
-  parsed.layer = std::stoll(match[1]);
-  parsed.rest = match[2];
-  if (std::regex_match(parsed.rest, match, expert)) {
-    parsed.kind = TensorName::Kind::kExpert;
-    parsed.head = match[1];
-    parsed.pool = match[2];
-    parsed.expert = std::stoll(match[3]);
-    parsed.tail = match[4];
-  } else if (std::regex_match(parsed.rest, match, stacked)) {
-    parsed.kind = TensorName::Kind::kStacked;
-    parsed.pool = match[1];
-  } else if (std::regex_match(parsed.rest, match, router)) {
-    parsed.kind = TensorName::Kind::kRouter;
-    parsed.pool = match[1];
-  } else if (std::regex_match(parsed.rest, match, gate)) {
-    parsed.kind = TensorName::Kind::kRouter;
-  } else if (std::regex_match(parsed.rest, match, cutoff)) {
-    parsed.kind = match[2].matched ? TensorName::Kind::kSteps : TensorName::Kind::kCutoff;
-    parsed.pool = match[1];
+  std::string_view text = name;
+  if (!take(text, "model.layers.")) return parsed;
+  parsed.layer = take_number(text);
+  if (parsed.layer < 0) return parsed;
+  parsed.rest = text;
+  const bool ours = take(text, "mlp.");
+  if (!ours && !take(text, "block_sparse_moe.")) return parsed;
+  if (text == "gate.weight") {
+    parsed.kind = Kind::kRouter;
+    return parsed;
+  }
+  if (!text.starts_with("experts.")) {
+    parsed.pool = text.substr(0, text.find('.'));
+    if (!take(text, parsed.pool + ".")) return parsed;
+  }
+  if (take(text, "experts.")) {
+    const size_t head = parsed.rest.size() - text.size();
+    parsed.expert = take_number(text);
+    if (parsed.expert >= 0) {
+      parsed.kind = Kind::kExpert;
+      parsed.head = parsed.rest.substr(0, head);
+      parsed.tail = parsed.rest.substr(parsed.rest.size() - text.size() - 1);  // with the dot
+    } else if (!text.empty() && std::isdigit(static_cast<unsigned char>(text[0])) == 0) {
+      parsed.kind = Kind::kStacked;
+    }
+  } else if (ours && take(text, "router.")) {
+    if (text == "cutoff") parsed.kind = Kind::kCutoff;
+    if (text == "cutoff_steps") parsed.kind = Kind::kSteps;
+    take(text, "predictor.");
+    if (text == "weight" || text == "bias") parsed.kind = Kind::kRouter;
   }
   return parsed;
 }
@@ -43,8 +69,12 @@ TensorName parse_name(const std::string& name) {
 std::string layer_prefix(int64_t layer) { return "model.layers." + std::to_string(layer) + "."; }
 
 bool is_output(const TensorName& name) {
-  static const std::regex output(R"((?:.*\.)?(?:o_proj|down_proj|w2)(?:\.weight|\.bias)?)");
-  return std::regex_match(name.rest, output);
+  std::string_view text = name.rest;
+  for (const std::string_view suffix : {".weight", ".bias"}) {
+    if (text.ends_with(suffix)) text.remove_suffix(suffix.size());
+  }
+  text.remove_prefix(text.rfind('.') + 1);  // npos + 1 is 0
+  return text == "o_proj" || text == "down_proj" || text == "w2";
 }
 
 GrownLayer grown_expert(int64_t e, int64_t experts, const GrowConfig& config) {

@@ -1,6 +1,7 @@
 #include "growth/measure.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/linear.h>
@@ -29,8 +30,9 @@ Batch batch_of(const std::vector<int64_t>& ids) {
 Sample read_sample(const fs::path& path, int64_t tokens, int64_t seq_len, int64_t seed,
                    const fs::path& model) {
   const Tokenizer tokenizer = Tokenizer::load(model);
+  const ModelConfig config = read_model_config(model);
   Sample sample;
-  const int64_t length = std::min(seq_len, tokens);
+  const int64_t length = std::min({seq_len, tokens, config.max_seq_len});
   if (fs::is_directory(path)) {
     const Batches batches({.path = path, .seq_len = length, .batch_size = 1, .seed = seed}, "train",
                           tokenizer.fingerprint());
@@ -44,12 +46,19 @@ Sample read_sample(const fs::path& path, int64_t tokens, int64_t seq_len, int64_
     if (sample.batches.empty())
       throw DataError(path, "expected at least two tokens of text, got " + std::to_string(end));
   }
-  for (const Batch& batch : sample.batches) sample.targets += (batch.targets >= 0).sum().item<int64_t>();
+  for (const Batch& batch : sample.batches) {
+    sample.targets += (batch.targets >= 0).sum().item<int64_t>();
+    const auto largest = batch.tokens.max().item<int64_t>();
+    if (largest >= config.vocab_size)
+      throw DataError(path, "has token " + std::to_string(largest) + " of the tokenizer in " +
+                                model.string() + ", whose vocabulary has " +
+                                std::to_string(config.vocab_size));
+  }
   return sample;
 }
 
 Transformer load_in_own_dtype(const fs::path& folder) {
-  const at::ScalarType dtype = SafetensorsFolder(folder).info(kEmbedding).dtype;
+  const at::ScalarType dtype = read_dtype(folder);
   return load_pretrained(folder, at::kCPU, dtype == at::kBFloat16 ? dtype : at::kFloat);
 }
 
@@ -67,7 +76,8 @@ Outputs outputs_of(Transformer& model, const Sample& sample, const char* phase,
   return outputs;
 }
 
-Comparison compare(const Outputs& before, const Outputs& after, const Sample& sample) {
+Comparison compare(const fs::path& source, const Outputs& before, const Outputs& after,
+                   const Sample& sample) {
   constexpr int64_t kRows = 512;  // logits of that many rows at a time
   const torch::NoGradGuard no_grad;
   const auto nats = [](const Tensor& logits, const Tensor& targets) {
@@ -82,13 +92,17 @@ Comparison compare(const Outputs& before, const Outputs& after, const Sample& sa
         return at::linear(of.hidden[i].narrow(0, t, rows), of.output_weight).to(at::kFloat);
       };
       const Tensor a = logits(before), b = logits(after), wanted = targets.narrow(0, t, rows);
-      result.max_logit_difference = std::max(result.max_logit_difference, (a - b).abs().max().item<double>());
+      const auto difference = (a - b).abs().max().item<double>();
+      if (std::isnan(difference) || difference > result.max_logit_difference)
+        result.max_logit_difference = difference;
       result.loss_before += nats(a, wanted);
       result.loss_after += nats(b, wanted);
     }
   }
   result.loss_before /= static_cast<double>(sample.targets);
   result.loss_after /= static_cast<double>(sample.targets);
+  if (!std::isfinite(result.loss_before))
+    throw DataError(source.string(), "its loss on the sample is " + std::to_string(result.loss_before));
   return result;
 }
 

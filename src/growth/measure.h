@@ -20,8 +20,8 @@ struct Sample {
   int64_t targets = 0;
 };
 
-/// At most `tokens` tokens of a folder that prepare wrote or of a text file, in documents of at most
-/// `seq_len`, for the tokenizer of `model`. Throws DataError.
+/// `tokens` tokens of a folder that prepare wrote, up to whole rows, or the first of a text file, in
+/// documents of at most `seq_len` and of what the model in folder `model` takes. Throws DataError.
 Sample read_sample(const std::filesystem::path& path, int64_t tokens, int64_t seq_len, int64_t seed,
                    const std::filesystem::path& model);
 
@@ -36,6 +36,8 @@ struct Outputs {
 Outputs outputs_of(Transformer& model, const Sample& sample, const char* phase,
                    const GrowthProgress& progress);
 
-Comparison compare(const Outputs& before, const Outputs& after, const Sample& sample);
+/// `before` is of `source`; throws DataError naming it where its loss is not finite.
+Comparison compare(const std::filesystem::path& source, const Outputs& before, const Outputs& after,
+                   const Sample& sample);
 
 }  // namespace hymoe

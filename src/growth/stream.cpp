@@ -17,13 +17,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int64_t kMaxShardBytes = 5'000'000'000;
-// Elements of a part, which LibTorch works on with one thread: those it would share it with spin while they
-// wait, and take the time of what reads, hashes and writes beside.
+// At most at::internal::GRAIN_SIZE elements, which LibTorch works on with the calling thread: OpenMP's
+// threads spin while they wait, at the cost of what reads, hashes and writes beside.
 constexpr int64_t kPart = int64_t{1} << 15;
-// Elements that are made, converted and written together: so few that the allocator keeps their memory
-// instead of asking for new pages every time.
-constexpr int64_t kRun = 128 * kPart;
 
 int64_t parts_of(const Tensor& flat) { return (flat.numel() + kPart - 1) / kPart; }
 
@@ -125,11 +121,17 @@ void put_with_noise(const Tensor& values, double share, int64_t seed, const std:
   }
 }
 
-nlohmann::ordered_json hash_files(const SafetensorsFolder& folder) {
-  nlohmann::ordered_json hashes = nlohmann::ordered_json::object();
-  for (const SafetensorsFile& file : folder.files())
-    hashes[file.path().filename().string()] = sha256_file(file.path());
-  return hashes;
+FileHashes::FileHashes(std::vector<const SafetensorsFolder*> folders) {
+  hashes_ = std::async(std::launch::async, [this, folders = std::move(folders)] {
+    std::vector<nlohmann::ordered_json> all;
+    for (const SafetensorsFolder* folder : folders) {
+      auto& hashes = all.emplace_back(nlohmann::ordered_json::object());
+      for (const SafetensorsFile& file : folder->files()) {
+        if (!stop_) hashes[file.path().filename().string()] = sha256_file(file.path());
+      }
+    }
+    return all;
+  });
 }
 
 nlohmann::ordered_json read_object(const fs::path& path) {

@@ -1,8 +1,10 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <future>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -16,17 +18,22 @@
 
 namespace hymoe {
 
+/// Elements that are made, converted and written together.
+inline constexpr int64_t kRun = int64_t{1} << 22;
+
 /// A tensor of a checkpoint that is being made. `make` hands on its values, one run of elements after
 /// another, of any shape and dtype; without it they are zero. So that no more need be in memory than a run.
+/// Values that were handed on must not change any more: they are written while the next are made.
 struct NewTensor {
   using Put = std::function<void(const Tensor&)>;
   TensorSpec spec = {};
   std::function<void(const Put&)> make = {};
 };
 
-/// Writes `<stem>*.safetensors` into `folder`, tensor by tensor, and gives back the memory of what was read
-/// from `sources` on the way. `seen` is given every run as it was written. Where tensors lie is returned.
+/// Given every run as it is written.
 using SeenRun = std::function<void(const std::string& name, const Tensor& values)>;
+/// Writes `<stem>*.safetensors` into `folder`, tensor by tensor, and gives back the memory of what was read
+/// from `sources` on the way. Where tensors lie is returned.
 SafetensorsLayout write_tensors(const std::filesystem::path& folder, const std::string& stem,
                                 const std::vector<NewTensor>& tensors,
                                 const std::vector<const SafetensorsFolder*>& sources,
@@ -40,8 +47,19 @@ at::Generator generator_for(int64_t seed, std::string_view name);
 void put_with_noise(const Tensor& values, double share, int64_t seed, const std::string& name,
                     at::ScalarType dtype, const NewTensor::Put& put);
 
-/// SHA-256 of every file of weights, by name.
-nlohmann::ordered_json hash_files(const SafetensorsFolder& folder);
+/// SHA-256 of every file of weights of some folders, computed beside other work; left undone when it goes.
+class FileHashes {
+ public:
+  explicit FileHashes(std::vector<const SafetensorsFolder*> folders);
+  ~FileHashes() { stop_ = true; }
+
+  /// A folder's, in the order given, by the names of the files.
+  std::vector<nlohmann::ordered_json> get() { return hashes_.get(); }
+
+ private:
+  std::atomic<bool> stop_ = false;
+  std::future<std::vector<nlohmann::ordered_json>> hashes_;
+};
 
 /// A file that holds a JSON object; throws DataError for one that does not.
 nlohmann::ordered_json read_object(const std::filesystem::path& path);

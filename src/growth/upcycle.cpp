@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <future>
 #include <map>
 #include <memory>
 #include <optional>
@@ -15,6 +14,7 @@
 #include "growth/measure.h"
 #include "growth/stream.h"
 #include "hymoe/config/config.h"
+#include "hymoe/config/schema.h"
 #include "hymoe/config/version.h"
 #include "hymoe/io/file.h"
 #include "hymoe/model/freeze.h"
@@ -27,8 +27,6 @@ namespace {
 namespace fs = std::filesystem;
 using Put = NewTensor::Put;
 
-constexpr int64_t kRun = int64_t{1} << 25;  // elements that are averaged at a time
-
 ModelConfig hybrid_config(const ModelConfig& dense, const UpcycleConfig& config) {
   ModelConfig hybrid = dense;
   hybrid.moe = config.moe;
@@ -38,6 +36,11 @@ ModelConfig hybrid_config(const ModelConfig& dense, const UpcycleConfig& config)
   hybrid.moe_layers = config.layers;
   if (config.layers.empty()) {
     for (int64_t i = config.offset; i < dense.num_layers; i += config.every) hybrid.moe_layers.push_back(i);
+  }
+  for (const int64_t layer : config.layers) {
+    if (layer >= dense.num_layers)
+      throw ConfigError("layers", "the model has " + std::to_string(dense.num_layers) +
+                                      " layers, from 0 on, got " + std::to_string(layer));
   }
   if (hybrid.moe_layers.empty())
     throw ConfigError("offset", "leaves no layer of " + std::to_string(dense.num_layers));
@@ -50,6 +53,20 @@ ModelConfig hybrid_config(const ModelConfig& dense, const UpcycleConfig& config)
 }
 
 // The tensors of the hybrid model as recipes over those of the dense ones.
+void check_same_function(const ModelConfig& wanted, const fs::path& folder) {
+  const auto comparable = [](ModelConfig config) {
+    config.family = {};
+    config.max_seq_len = 1;
+    config.freeze.clear();
+    config.bos_token_id = -1;
+    config.eos_token_ids.clear();
+    return to_json(config);
+  };
+  const auto differences = config_difference(comparable(wanted), comparable(read_model_config(folder)));
+  if (!differences.empty())
+    throw DataError((folder / "config.json").string(), "differs from the source's: " + differences[0]);
+}
+
 class Upcycling {
  public:
   Upcycling(const UpcycleConfig& config, const ModelConfig& dense, const ModelConfig& hybrid,
@@ -198,11 +215,11 @@ Comparison measure(const fs::path& source, const fs::path& folder, const Safeten
   for (const auto& item : hybrid->named_buffers())
     buffers.push_back(TensorPart::whole(item.key(), item.value()));
   layout.write(folder, buffers);
-  return compare(before, outputs_of(hybrid, sample, "measure target", progress), sample);
+  return compare(source, before, outputs_of(hybrid, sample, "measure target", progress), sample);
 }
 
-at::ScalarType dtype_of(const UpcycleConfig& config, const SafetensorsFolder& source) {
-  if (config.dtype == "source") return source.info(kEmbedding).dtype;
+at::ScalarType dtype_of(const UpcycleConfig& config, const fs::path& source) {
+  if (config.dtype == "source") return read_dtype(source);
   return config.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
 }
 
@@ -232,6 +249,8 @@ UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const Upc
                        const GrowthProgress& told) {
   const GrowthProgress progress = told ? told : [](const char*, int64_t, int64_t) {};
   check_config(config);
+  check_vacant(target);
+  AtomicDirectory directory(target);
   const torch::NoGradGuard no_grad;
   const ModelConfig dense_config = read_model_config(source);
   if (!dense_config.moe_layers.empty())
@@ -247,18 +266,14 @@ UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const Upc
   for (const fs::path& folder : folders) {
     read.push_back(sources.emplace_back(std::make_unique<SafetensorsFolder>(folder)).get());
     check_weights(*read.back(), dense);
+    if (folder != source) check_same_function(dense_config, folder);
   }
   std::optional<Sample> sample;
   if (!config.sample.empty())
     sample = read_sample(config.sample, config.sample_tokens, config.sample_seq_len, config.seed, source);
-  auto hashes = std::async(std::launch::async, [&] {
-    auto all = nlohmann::ordered_json::object();
-    for (size_t i = 0; i < folders.size(); ++i) all[folders[i].string()] = hash_files(*sources[i]);
-    return all;
-  });
+  FileHashes hashes(read);
 
-  const at::ScalarType dtype = dtype_of(config, *sources[0]);
-  AtomicDirectory directory(target);
+  const at::ScalarType dtype = dtype_of(config, source);
   const fs::path& folder = directory.folder();
   std::map<std::string, Sha256> frozen_hashes;
   for (const std::string& name : frozen) frozen_hashes[name];
@@ -282,7 +297,8 @@ UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const Upc
                          .moe_layers = hybrid_config.moe_layers};
   for (const std::string& name : frozen) receipt.frozen.emplace_back(name, frozen_hashes[name].hex());
   if (sample) receipt.comparison = measure(source, folder, layout, config, *sample, progress);
-  receipt.source_files = hashes.get();
+  const std::vector<nlohmann::ordered_json> files = hashes.get();
+  for (size_t i = 0; i < folders.size(); ++i) receipt.source_files[folders[i].string()] = files[i];
   write_file_atomic(folder / "receipt.json", receipt.to_json().dump(2) + "\n");
   write_file_atomic(folder / "upcycle.yaml", to_yaml(config));
   directory.commit();

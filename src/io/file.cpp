@@ -194,9 +194,17 @@ void AtomicFile::commit() {
   sync_path(parent_of(path_));
 }
 
-AtomicDirectory::AtomicDirectory(fs::path path) : path_(without_trailing_slash(std::move(path))) {
+void check_vacant(const fs::path& path) {
   std::error_code ignored;
-  const fs::file_status status = fs::status(path_, ignored);
+  if (!fs::exists(path, ignored) || (fs::is_directory(path, ignored) && fs::is_empty(path, ignored))) return;
+  throw DataError(path.string(), "is there already; remove it, or name another folder");
+}
+
+AtomicDirectory::AtomicDirectory(fs::path path) : path_(without_trailing_slash(std::move(path))) {
+  std::error_code error;
+  fs::create_directories(parent_of(path_), error);
+  if (error) fail(path_, "cannot create", error.value());
+  const fs::file_status status = fs::status(path_, error);
   if (fs::exists(status) && !fs::is_directory(status)) {
     throw DataError(path_.string(), "cannot write: exists and is no folder");
   }
@@ -207,6 +215,11 @@ AtomicDirectory::AtomicDirectory(fs::path path) : path_(without_trailing_slash(s
       fail(path_, "cannot create");
     }
     lock_ = FileDescriptor(::open(temporary_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!lock_ && errno != ENOENT) {  // ENOENT: another process has tidied it away
+      const int reason = errno;
+      ::rmdir(temporary_.c_str());
+      fail(path_, "cannot open what was created for it", reason);
+    }
   } while (!lock_ || !lock_temporary(lock_.get()));
 }
 

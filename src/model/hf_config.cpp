@@ -75,16 +75,6 @@ std::optional<bool> read_noncausal(const std::filesystem::path& dir) {
   return file.get<bool>("noncausal", false);
 }
 
-at::ScalarType read_dtype(const std::filesystem::path& dir) {
-  const ConfigFile file = ConfigFile::in(dir);
-  const char* key = file.find("dtype") != nullptr ? "dtype" : "torch_dtype";
-  const auto wanted = file.get<std::string>(key, "float32");
-  for (const auto& [name, type] : kTypes) {
-    if (name == wanted) return type;
-  }
-  file.fail(key, "expected one of float32, float16, bfloat16, got \"" + wanted + "\"");
-}
-
 nlohmann::ordered_json our_config_json(const ModelConfig& config, at::ScalarType dtype, bool noncausal) {
   nlohmann::ordered_json out{{"architectures", {"HymoeForCausalLM"}}, {"model_type", "hymoe"}};
   if (noncausal) out["noncausal"] = true;

@@ -549,7 +549,7 @@ class HymoeForCausalLM(PreTrainedModel, GenerationMixin):
         logits = rows.new_zeros(*input_ids.shape, rows.shape[-1]).masked_scatter(real[..., None], rows)
         loss = None
         if labels is not None:
-            targets = labels.masked_fill(~real, -100)[:, 1:]
+            targets = labels[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
         return CausalLMOutput(loss=loss, logits=logits)
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -20,8 +21,6 @@
 
 namespace hymoe {
 namespace {
-
-constexpr int64_t kMaxShardBytes = int64_t{5} << 30;
 
 using Names = std::vector<std::string>;
 
@@ -226,6 +225,18 @@ std::vector<WrittenFile> write_pretrained(const Transformer& model, const std::f
   return write_safetensors_sharded(folder, "model", tensors, kMaxShardBytes);
 }
 
+at::ScalarType read_dtype(const std::filesystem::path& dir) {
+  const SafetensorsFolder folder(dir);
+  std::map<at::ScalarType, int64_t> elements{{at::kFloat, 0}};
+  for (const std::string& name : folder.names()) {
+    const TensorInfo& info = folder.info(name);
+    if (is_weight_type(info.dtype)) elements[info.dtype] += c10::multiply_integers(info.shape);
+  }
+  return std::max_element(elements.begin(), elements.end(),
+                          [](const auto& a, const auto& b) { return a.second < b.second; })
+      ->first;
+}
+
 void export_pretrained(const Transformer& model, const std::filesystem::path& dir,
                        const std::filesystem::path& tokenizer_dir) {
   const Family* family = find_family(model->config().family);
@@ -243,15 +254,13 @@ void export_pretrained(const Transformer& model, const std::filesystem::path& di
       of.emplace_back(piece.there, part_of(piece.here, ours));
     }
   }
-  if (dir.has_parent_path()) std::filesystem::create_directories(dir.parent_path());
   AtomicDirectory directory(dir);
   const SafetensorsLayout layout("model", specs, kMaxShardBytes);
   layout.create(directory.folder());
-  for (const TensorSpec& spec : specs) {
-    const Tensor whole = assemble(spec.name, spec.shape, spec.dtype, parts[spec.name]).cpu().contiguous();
-    layout.write(directory.folder(), {TensorPart::whole(spec.name, whole)});
-  }
-  if (!layout.index().empty()) write_file_atomic(directory.folder() / layout.index_name(), layout.index());
+  layout.write(directory.folder(), [&](const SafetensorsLayout::Put& put) {
+    for (const TensorSpec& spec : specs)
+      put(TensorPart::whole(spec.name, assemble(spec.name, spec.shape, spec.dtype, parts[spec.name])));
+  });
   write_file_atomic(directory.folder() / "config.json", config.dump(2) + "\n");
   if (!tokenizer_dir.empty()) copy_tokenizer_files(tokenizer_dir, directory.folder());
   directory.commit();
@@ -259,7 +268,6 @@ void export_pretrained(const Transformer& model, const std::filesystem::path& di
 
 void save_pretrained(const Transformer& model, const std::filesystem::path& dir,
                      const std::filesystem::path& tokenizer_dir) {
-  if (dir.has_parent_path()) std::filesystem::create_directories(dir.parent_path());
   AtomicDirectory directory(dir);
   write_pretrained(model, directory.folder(), tokenizer_dir);
   directory.commit();

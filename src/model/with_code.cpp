@@ -42,7 +42,6 @@ void export_with_code(const Transformer& model, const std::filesystem::path& dir
   for (size_t b = 0; b < config.moe.branches.size() && !config.moe_layers.empty(); ++b) {
     check_has_code(config.moe.branches[b], "moe.branches." + std::to_string(b) + ".");
   }
-  if (dir.has_parent_path()) std::filesystem::create_directories(dir.parent_path());
   AtomicDirectory directory(dir);
   write_pretrained(model, directory.folder(), tokenizer_dir);
   write_file_atomic(directory.folder() / "config.json", config_json(model).dump(2) + "\n");

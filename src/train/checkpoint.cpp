@@ -23,7 +23,6 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-constexpr int64_t kMaxShardBytes = 5'000'000'000;
 
 std::string folder_name(int64_t step) {
   std::array<char, 32> name{};

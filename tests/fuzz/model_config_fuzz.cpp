@@ -9,7 +9,6 @@ namespace {
 bool read(std::string_view bytes) {
   static const Folder folder;
   folder.write("config.json", bytes);
-  taken([] { read_dtype(folder.path()); });
   taken([] { read_noncausal(folder.path()); });
   return taken([] {
     const ModelConfig config = read_model_config(folder.path());

@@ -35,6 +35,11 @@ class Grow : public testing::Test {
     config.sample_seq_len = 32;
     return config;
   }
+  // What grows anew, in the place of what grew before.
+  GrowReceipt grow_again(const fs::path& source, const GrowConfig& config) const {
+    fs::remove_all(grown());
+    return grow(source, grown(), config);
+  }
   TemporaryFolder folder;
 };
 
@@ -70,7 +75,7 @@ TEST_F(Grow, ZeroedOutputsKeepTheFunction) {  // law 9
       GrowConfig config = this->config(4);
       config.depth = depth;
       config.zero_outputs = depth != std::string("identity");
-      const GrowReceipt receipt = grow(source, grown(), config);
+      const GrowReceipt receipt = grow_again(source, config);
       EXPECT_LT(receipt.comparison.max_logit_difference, 1e-4) << source << depth;
       EXPECT_GT(receipt.comparison.sample_tokens, 80);
     }
@@ -99,7 +104,7 @@ TEST_F(Grow, TwiceTheExpertsAndTopKKeepTheFunction) {  // law 9
       GrowConfig config = this->config(0, 2);
       config.order = order;
       config.noise = 0;
-      EXPECT_LT(grow(hybrid(), grown(), config).comparison.max_logit_difference, 1e-4)
+      EXPECT_LT(grow_again(hybrid(), config).comparison.max_logit_difference, 1e-4)
           << scoring << " " << normalize << " " << fusion;
       const ModelConfig after = load_pretrained(grown())->config();
       EXPECT_EQ(after.moe.branches[0].num_experts, 8);
@@ -107,10 +112,10 @@ TEST_F(Grow, TwiceTheExpertsAndTopKKeepTheFunction) {  // law 9
       EXPECT_EQ(after.moe.branches[1].num_experts, 6);
       if (std::string(fusion) == "preserve") continue;
       config.top_k = "keep";
-      EXPECT_GT(grow(hybrid(), grown(), config).comparison.max_logit_difference, 1e-3);
+      EXPECT_GT(grow_again(hybrid(), config).comparison.max_logit_difference, 1e-3);
       config.top_k = "scale";
       config.noise = 0.01;
-      const double noisy = grow(hybrid(), grown(), config).comparison.max_logit_difference;
+      const double noisy = grow_again(hybrid(), config).comparison.max_logit_difference;
       EXPECT_GT(noisy, 1e-4);
       EXPECT_LT(noisy, 10);
     }
@@ -125,7 +130,7 @@ TEST_F(Grow, PutsCopiesOfExpertsInOrder) {
   const std::string mlp = "model.layers.1.mlp.";
   for (const char* order : {"append", "interleave"}) {
     config.order = order;
-    grow(hybrid(), grown(), config);
+    grow_again(hybrid(), config);
     const SafetensorsFolder from(hybrid()), to(grown());
     for (int64_t e = 0; e < 12; ++e) {
       const int64_t source = config.order == "append" ? e % 4 : e / 3;
@@ -279,14 +284,19 @@ NamedTensors mixtral_layer() {
 TEST_F(Grow, KnowsExpertsOneByOne) {
   torch::manual_seed(3);
   const fs::path source = folder / "mixtral";
-  write_moe(source, {{"model_type", "mixtral"}, {"num_local_experts", 3}}, mixtral_layer(),
-            100);  // many shards
+  write_moe(source,
+            {{"model_type", "mixtral"},
+             {"num_local_experts", 3},
+             {"mlp_only_layers", nullptr},
+             {"auto_map", {{"AutoConfig", "modeling.Config"}}}},
+            mixtral_layer(), 100);  // many shards
   GrowConfig config{.num_layers = 4, .zero_outputs = true, .experts = 2, .order = "interleave", .noise = 0};
   grow(source, grown(), config);
   const auto json = json::parse(read_text(grown() / "config.json"));
   EXPECT_EQ(json["num_hidden_layers"], 4);
   EXPECT_EQ(json["num_local_experts"], 6);
   EXPECT_EQ(json["num_experts_per_tok"], 4);
+  EXPECT_FALSE(json.contains("auto_map"));
   const SafetensorsFolder from(source), to(grown());
   ASSERT_EQ(to.names().size(), 1u + 4 * (1 + 6 * 3 + 1));
   for (int64_t j = 0; j < 4; ++j) {
@@ -314,6 +324,7 @@ TEST_F(Grow, KnowsExpertsOneByOne) {
 TEST_F(Grow, FilesMustHoldWhatTheConfigSays) {
   const auto error = [&](const json& config, NamedTensors layer) {
     const fs::path source = folder / "wrong";
+    fs::remove_all(source);
     write_moe(source, config, layer, 1 << 20);
     return message_of<Error>([&] { grow(source, grown(), {.num_layers = 0, .experts = 2}); })
         .substr(source.string().size());
@@ -329,6 +340,27 @@ TEST_F(Grow, FilesMustHoldWhatTheConfigSays) {
       ": config.json has 3 experts, the files have 0");
   EXPECT_EQ(error({{"model_type", "olmoe"}, {"num_experts", 3}, {"num_hidden_layers", 3}}, mixtral_layer()),
             ": config.json has 3 layers, the files have 2");
+  EXPECT_EQ(error({{"model_type", 3}}, mixtral_layer()), "/config.json: model_type: expected text, got 3");
+  EXPECT_EQ(error({{"model_type", "mixtral"}, {"num_local_experts", "3"}}, mixtral_layer()),
+            "/config.json: num_local_experts: expected an integer, got \"3\"");
+}
+
+TEST_F(Grow, NamesOfAnyLengthAreRead) {
+  const fs::path source = folder / "names";
+  for (const std::string& name :
+       {"model.layers.0." + std::string(300'000, 'a'), "model.layers." + std::string(30, '9') + ".a",
+        "model.layers.0.mlp.experts." + std::string(30, '9') + ".w1.weight"}) {
+    fs::remove_all(source);
+    NamedTensors layer = mixtral_layer();
+    write_moe(source, {{"model_type", "mixtral"}, {"num_local_experts", 3}}, layer, 1 << 30);
+    NamedTensors tensors{{name, at::ones({2})}};
+    const SafetensorsFolder folder(source);
+    for (const std::string& other : folder.names()) tensors.emplace_back(other, folder.tensor(other).clone());
+    write_safetensors(source / "model.safetensors", tensors);
+    fs::remove_all(grown());
+    grow(source, grown(), {.num_layers = 2, .experts = 2, .noise = 0});
+    EXPECT_TRUE(SafetensorsFolder(grown()).contains(name));
+  }
 }
 
 TEST_F(Grow, KnowsStackedExpertsAndDenseLayersBetween) {
@@ -380,7 +412,7 @@ TEST_F(Grow, CopiesMomentsAndMasterWeights) {
   write_safetensors(hybrid() / "optimizer.safetensors", moments);
   write_file_atomic(hybrid() / "state.json", R"({"step": 7, "tokens": 70, "files": {}})");
   write_file_atomic(hybrid() / "config.yaml",
-                    "name: small\nmodel: " + to_json(load_pretrained(hybrid())->config()).dump() + "\n");
+                    "name: \"2024\"\nmodel: " + to_json(load_pretrained(hybrid())->config()).dump() + "\n");
   GrowConfig config = this->config(4, 2);
   config.optimizer = "copy";
   config.zero_outputs = true;
@@ -410,9 +442,10 @@ TEST_F(Grow, CopiesMomentsAndMasterWeights) {
   EXPECT_EQ(state["step"], 7);
   EXPECT_EQ(state["files"]["optimizer.safetensors"]["sha256"],
             sha256_file(grown() / "optimizer.safetensors"));
-  EXPECT_NE(read_text(grown() / "config.yaml").find("num_layers: 4"), std::string::npos);
+  EXPECT_TRUE(holds(read_text(grown() / "config.yaml"), "num_layers: 4"));
+  EXPECT_TRUE(holds(read_text(grown() / "config.yaml"), "name: \"2024\""));  // in quotes it is text
   config.optimizer = "drop";
-  grow(hybrid(), grown(), config);
+  grow_again(hybrid(), config);
   EXPECT_FALSE(fs::exists(grown() / "optimizer.safetensors"));
   EXPECT_FALSE(fs::exists(grown() / "state.json"));
 }

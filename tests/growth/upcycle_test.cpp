@@ -1,9 +1,11 @@
 #include "hymoe/growth/upcycle.h"
 
 #include <algorithm>
+#include <limits>
 #include <set>
 
 #include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 
 #include "hymoe/config/error.h"
 #include "hymoe/io/file.h"
@@ -32,6 +34,11 @@ class Upcycle : public testing::Test {
     config.sample = sample();
     config.sample_seq_len = 32;
     return config;
+  }
+  // In the place of what was made before.
+  UpcycleReceipt upcycle_again(const UpcycleConfig& config) const {
+    fs::remove_all(hybrid());
+    return upcycle(dense(), hybrid(), config);
   }
   std::string error_of(const UpcycleConfig& config) const {
     try {
@@ -224,7 +231,7 @@ TEST_F(Upcycle, DropUpcyclingDrawsHalfOfTheNeuronsAnew) {
   UpcycleConfig config = this->config();
   config.method = "drop";
   config.moe.branches[0].hidden = 16;
-  upcycle(dense(), hybrid(), config);
+  upcycle_again(config);
   const Expert from = dense_ffn(dense());
   for (const Expert& expert : experts_of(hybrid())) {
     const auto neurons = neurons_of(expert, from);
@@ -249,7 +256,7 @@ TEST_F(Upcycle, DropUpcyclingDrawsHalfOfTheNeuronsAnew) {
   }
   config.reinit = 0;
   config.moe.branches[0].hidden = 24;
-  EXPECT_LT(upcycle(dense(), hybrid(), config).comparison.max_logit_difference, 1e-4);
+  EXPECT_LT(upcycle_again(config).comparison.max_logit_difference, 1e-4);
 }
 
 TEST_F(Upcycle, SlicesAreOfShuffledCopies) {
@@ -258,7 +265,7 @@ TEST_F(Upcycle, SlicesAreOfShuffledCopies) {
   config.moe.branches[0].num_experts = 6;
   config.moe.branches[0].hidden = 8;
   config.reinit = 0.25;
-  upcycle(dense(), hybrid(), config);
+  upcycle_again(config);
   const Expert from = dense_ffn(dense());
   const auto experts = experts_of(hybrid());
   // Two shuffled copies of 24 neurons give six experts of 8, of which 2 are new.
@@ -289,7 +296,7 @@ TEST_F(Upcycle, GranularExpertsAreTheSlicesOfWholeCopies) {
   const Expert from = dense_ffn(dense());
   for (const bool normalize : {true, false}) {
     branch.router.normalize = normalize;
-    const double difference = upcycle(dense(), hybrid(), config).comparison.max_logit_difference;
+    const double difference = upcycle_again(config).comparison.max_logit_difference;
     // One whole copy, whatever the router thinks of it; its weights sum to 1/2 only where it is undecided.
     EXPECT_EQ(difference < 1e-4, normalize) << difference;
     // The weights of a row's experts sum to 1, or to 4/8: what lacks is 4, or E·G²/T = 2·16/4 = 8.
@@ -308,7 +315,7 @@ TEST_F(Upcycle, GranularExpertsAreTheSlicesOfWholeCopies) {
   EXPECT_FALSE(router[0].equal(router[4]));
 
   config.scaling = "published";
-  upcycle(dense(), hybrid(), config);
+  upcycle_again(config);
   EXPECT_TRUE(experts_of(hybrid())[0].gate.equal(from.gate.narrow(0, 0, 6) * 2));  // ∛8
   EXPECT_TRUE(experts_of(hybrid())[0].down.equal(from.down.narrow(1, 0, 6) * 2));
 }
@@ -321,9 +328,9 @@ TEST_F(Upcycle, GranularPreservesBesideASharedExpertAndSegments) {
   config.moe.branches[0].router.top_k = 2;
   config.moe.branches[1].num_experts = 4;
   config.moe.branches[1].hidden = 12;
-  EXPECT_LT(upcycle(dense(), hybrid(), config).comparison.max_logit_difference, 1e-4);
+  EXPECT_LT(upcycle_again(config).comparison.max_logit_difference, 1e-4);
   config.scaling = "none";
-  EXPECT_GT(upcycle(dense(), hybrid(), config).comparison.max_logit_difference, 1e-2);
+  EXPECT_GT(upcycle_again(config).comparison.max_logit_difference, 1e-2);
 }
 
 TEST_F(Upcycle, MixesSeveralModels) {
@@ -349,6 +356,35 @@ TEST_F(Upcycle, MixesSeveralModels) {
   EXPECT_TRUE(to.tensor("model.layers.0.mlp.shared_expert.up_proj.weight").allclose(from.up + 0.5));
   config.experts_from = {folder / "nowhere"};
   EXPECT_THROW(upcycle(dense(), folder / "none", config), DataError);
+  config.experts_from = {second};
+  auto other = nlohmann::json::parse(read_text(second / "config.json"));
+  other["rope_theta"] = 12.0;
+  other["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 12.0}};
+  write_file_atomic(second / "config.json", other.dump());
+  EXPECT_TRUE(holds(message_of<DataError>([&] { upcycle(dense(), folder / "none", config); }),
+                    "second/config.json: differs from the source's: rope_theta"));
+}
+
+TEST_F(Upcycle, WhatIsWrongWithTheSourceOrTargetIsSaid) {
+  UpcycleConfig config = this->config();
+  config.layers = {0, 2};
+  EXPECT_EQ(error_of(config), "layers: the model has 2 layers, from 0 on, got 2");
+  config.layers.clear();
+  upcycle(dense(), hybrid(), config);
+  EXPECT_TRUE(holds(message_of<DataError>([&] { upcycle(dense(), hybrid(), config); }), "is there already"));
+  EXPECT_TRUE(holds(message_of<DataError>([&] { upcycle(dense(), dense(), config); }), "is there already"));
+  EXPECT_TRUE(fs::exists(dense() / "config.json"));
+  config.sample_seq_len = 1 << 20;  // longer than the model takes
+  EXPECT_GT(upcycle_again(config).comparison.sample_tokens, 0);
+
+  fs::remove_all(hybrid());
+  Transformer model = load_pretrained(dense());
+  torch::NoGradGuard no_grad;
+  model->parameters()[0].fill_(std::numeric_limits<float>::quiet_NaN());
+  fs::remove_all(dense());
+  save_pretrained(model, dense());
+  tiny::write_tokenizer(dense());
+  EXPECT_TRUE(holds(error_of(config), "dense: its loss on the sample is "));
 }
 
 TEST_F(Upcycle, RoutersBeginAsAsked) {

@@ -1,6 +1,7 @@
 #include "hymoe/io/file.h"
 
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -145,6 +146,16 @@ TEST(AtomicDirectoryTest, ReplacesTheWholeFolder) {
   EXPECT_EQ(entries(folder.path()), 1u);
 }
 
+TEST(AtomicDirectoryTest, IsWantedWhereNothingLies) {
+  TemporaryFolder folder;
+  fs::create_directory(folder / "empty");
+  check_vacant(folder / "empty");
+  check_vacant(folder / "none");
+  folder.file("empty/file", "x");
+  for (const char* taken : {"empty", "empty/file"})
+    EXPECT_TRUE(holds(message_of<DataError>([&] { check_vacant(folder / taken); }), "is there already"));
+}
+
 TEST(AtomicDirectoryTest, LeavesNothingWithoutCommit) {
   TemporaryFolder folder;
   { write_file_atomic(AtomicDirectory(folder / "d").folder() / "a", "x"); }
@@ -153,10 +164,21 @@ TEST(AtomicDirectoryTest, LeavesNothingWithoutCommit) {
 
 TEST(AtomicDirectoryTest, SaysWhyItCannotWrite) {
   TemporaryFolder folder;
-  EXPECT_TRUE(
-      holds(message_of<DataError>([&] { AtomicDirectory(folder / "no/d"); }), "No such file or directory"));
   folder.file("file", "x");
+  EXPECT_TRUE(holds(message_of<DataError>([&] { AtomicDirectory(folder / "file/d"); }), "Not a directory"));
   EXPECT_TRUE(holds(message_of<DataError>([&] { AtomicDirectory(folder / "file"); }), "is no folder"));
+}
+
+TEST(AtomicDirectoryTest, SaysThatNoMoreFilesCanBeOpened) {
+  TemporaryFolder folder;
+  struct rlimit before;
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const struct rlimit none { 0, before.rlim_max };
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &none), 0);
+  const std::string message = message_of<DataError>([&] { AtomicDirectory(folder / "d"); });
+  ::setrlimit(RLIMIT_NOFILE, &before);
+  EXPECT_TRUE(holds(message, "Too many open files"));
+  EXPECT_EQ(entries(folder.path()), 0u);
 }
 
 TEST(AtomicDirectoryTest, AFullDiskLeavesTheOldFolder) {

@@ -37,6 +37,14 @@ def batched(model, ids):
     return model(padded, attention_mask=mask).logits[mask.bool()]
 
 
+def padded_loss(model, ids, padding):
+    """The loss of ids behind so many rows of padding."""
+    padded = torch.cat([ids[:, :padding], ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :padding] = 0
+    return model(padded, attention_mask=mask, labels=padded).loss
+
+
 @torch.no_grad()
 def check(folder, name):
     expected = load_file(folder / f"{name}.expected.safetensors")
@@ -44,6 +52,8 @@ def check(folder, name):
     model = load(folder / name, torch.float32)
     worst = difference(model(ids).logits[0], expected["logits"])
     worst = max(worst, difference(batched(model, ids), expected["batch"]))
+    short = ids[:, :-PADDING]
+    worst = max(worst, difference(padded_loss(model, short, PADDING), padded_loss(model, short, 0)))
     greedy = dict(max_new_tokens=len(expected.get("generated", [1])), do_sample=False)
     if "generated" in expected:
         same = model.generate(ids[:, :PROMPT], **greedy)[0, PROMPT:].equal(expected["generated"])

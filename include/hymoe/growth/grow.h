@@ -34,17 +34,21 @@ struct GrowConfig {
   static auto fields() {
     using C = GrowConfig;
     return hymoe::fields(
-        field("num_layers", &C::num_layers, "layers of the new model; 0: as many as before").at_least(0),
+        field("num_layers", &C::num_layers, "layers of the new model; 0: as many as before")
+            .at_least(0)
+            .at_most(10'000),
         field("depth", &C::depth,
               "where copies of layers stand; interpose: behind their source; stack: the whole block again "
               "above; identity: LLaMA-Pro, behind every so many layers one that adds nothing at first")
             .one_of({"interpose", "stack", "identity"}),
-        field("first", &C::first, "first layers that are not copied").at_least(0),
-        field("last", &C::last, "last layers that are not copied").at_least(0),
+        field("first", &C::first, "first layers that are not copied").at_least(0).at_most(10'000),
+        field("last", &C::last, "last layers that are not copied").at_least(0).at_most(10'000),
         field("zero_outputs", &C::zero_outputs,
               "zero what copied layers write to the residual stream (o_proj, down_proj), which keeps the "
               "function; always so with identity"),
-        field("experts", &C::experts, "copies of every routed expert, itself included").at_least(1),
+        field("experts", &C::experts, "copies of every routed expert, itself included")
+            .at_least(1)
+            .at_most(10'000),
         field("branches", &C::branches, "branches whose experts are copied; empty: all"),
         field("order", &C::order,
               "where copies of experts stand: append behind all, interleave behind their source")

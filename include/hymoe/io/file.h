@@ -72,9 +72,14 @@ class AtomicFile {
   FileDescriptor fd_;
 };
 
+/// Throws DataError where a new folder at `path` would replace something: there may be nothing, or an empty
+/// folder.
+void check_vacant(const std::filesystem::path& path);
+
 /// A folder that appears under its name only when complete. Write files into folder(); commit() syncs all of
 /// them and renames the folder to `path`, in the place of a folder of that name if there is one (exchanged in
-/// one step where the file system can). Without commit() the destructor removes it. Throws DataError.
+/// one step where the file system can). Without commit() the destructor removes it. Folders above it are
+/// made. Throws DataError.
 class AtomicDirectory {
  public:
   explicit AtomicDirectory(std::filesystem::path path);

@@ -104,6 +104,9 @@ struct TensorSpec {
   int64_t bytes() const { return numel() * static_cast<int64_t>(c10::elementSize(dtype)); }
 };
 
+/// What shards of a checkpoint are filled up to.
+inline constexpr int64_t kMaxShardBytes = 5'000'000'000;
+
 /// Where tensors will lie: in `<stem>.safetensors`, or, when they take more than `max_shard_bytes`, in shards
 /// `<stem>-00001-of-0000N.safetensors` filled in the given order, beside `<stem>.safetensors.index.json`.
 /// Within a file those of wider elements come first, so that each is aligned. Known before there is a value,

@@ -23,7 +23,7 @@ ModelConfig read_model_config(const std::filesystem::path& dir);
 /// What `dir`/config.json says under "noncausal"; nothing where it does not say.
 std::optional<bool> read_noncausal(const std::filesystem::path& dir);
 
-/// The type of `dir`'s weights as config.json says it (dtype, or torch_dtype): float32 where it does not.
+/// The type of most of `dir`'s weights: float32, float16 or bfloat16. config.json may say another.
 at::ScalarType read_dtype(const std::filesystem::path& dir);
 
 /// config.json of a model whose tensors have our names: as transformers reads it (5 and older) where the
