@@ -1,12 +1,14 @@
 #pragma once
 
 #include <chrono>
+#include <filesystem>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include <nlohmann/json.hpp>
 
+#include "hymoe/config/config.h"
 #include "hymoe/io/file.h"
 
 namespace CLI {
@@ -36,6 +38,17 @@ struct ConfigArguments {
 
   // Adds both to a command. With `required`, CONFIG must be given.
   void add_to(CLI::App& command, bool required = true);
+
+  // The config, where the file may be left out: defaults and overrides then.
+  template <typename Config>
+  Config load() const {
+    if (path.empty()) return parse_config<Config>("{}", "command line", {});
+    if (path.find('=') == std::string::npos || std::filesystem::exists(path))
+      return load_config<Config>(path, overrides);
+    std::vector<std::string> all = {path};  // an override that stands where the file would
+    all.insert(all.end(), overrides.begin(), overrides.end());
+    return parse_config<Config>("{}", "command line", all);
+  }
 };
 
 // Result lines of a command: into a file that appears when complete, or to standard output.
@@ -57,6 +70,7 @@ class Progress {
  public:
   explicit Progress(bool enabled);
   void show(const std::string& text);
+  void show(const char* phase, int64_t done, int64_t total);
   void clear();
 
  private:

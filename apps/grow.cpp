@@ -3,7 +3,6 @@
 #include <CLI/CLI.hpp>
 
 #include "commands.h"
-#include "hymoe/config/config.h"
 #include "hymoe/growth/grow.h"
 
 namespace hymoe {
@@ -20,16 +19,11 @@ void add_grow(CLI::App& program) {
   arguments->add_to(*command, /*required=*/false);
   command->add_flag("--json", *json, "print the receipt as JSON");
   command->callback([=] {
-    if (arguments->path.find('=') != std::string::npos && !std::filesystem::exists(arguments->path))
-      arguments->overrides.insert(arguments->overrides.begin(), std::exchange(arguments->path, ""));
-    const auto config = arguments->path.empty()
-                            ? parse_config<GrowConfig>("{}", "command line", arguments->overrides)
-                            : load_config<GrowConfig>(arguments->path, arguments->overrides);
+    const auto config = arguments->load<GrowConfig>();
     Progress progress(!*json);
     const GrowReceipt receipt =
-        grow(*source, *target, config, [&](const char* phase, int64_t done, int64_t total) {
-          progress.show(std::string(phase) + " " + std::to_string(done) + "/" + std::to_string(total));
-        });
+        grow(*source, *target, config,
+             [&](const char* phase, int64_t done, int64_t total) { progress.show(phase, done, total); });
     progress.clear();
     if (*json) {
       std::cout << receipt.to_json().dump(2) << std::endl;

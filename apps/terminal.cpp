@@ -58,6 +58,10 @@ void Progress::show(const std::string& text) {
   std::cerr << text << std::endl;
 }
 
+void Progress::show(const char* phase, int64_t done, int64_t total) {
+  show(std::string(phase) + " " + std::to_string(done) + "/" + std::to_string(total));
+}
+
 void Progress::clear() {
   if (enabled_ && terminal_) std::cerr << "\r\033[K" << std::flush;
 }

@@ -3,7 +3,6 @@
 #include <CLI/CLI.hpp>
 
 #include "commands.h"
-#include "hymoe/config/config.h"
 #include "hymoe/growth/upcycle.h"
 
 namespace hymoe {
@@ -18,15 +17,14 @@ void add_upcycle(CLI::App& program) {
   command->add_option("source", *source, "folder of the dense checkpoint, in Hugging Face's layout")
       ->required();
   command->add_option("target", *target, "folder to write")->required();
-  arguments->add_to(*command);
+  arguments->add_to(*command, /*required=*/false);
   command->add_flag("--json", *json, "print the receipt as JSON");
   command->callback([=] {
-    const auto config = load_config<UpcycleConfig>(arguments->path, arguments->overrides);
+    const auto config = arguments->load<UpcycleConfig>();
     Progress progress(!*json);
     const UpcycleReceipt receipt =
-        upcycle(*source, *target, config, [&](const char* phase, int64_t done, int64_t total) {
-          progress.show(std::string(phase) + " " + std::to_string(done) + "/" + std::to_string(total));
-        });
+        upcycle(*source, *target, config,
+                [&](const char* phase, int64_t done, int64_t total) { progress.show(phase, done, total); });
     progress.clear();
     if (*json) {
       std::cout << receipt.to_json().dump(2) << std::endl;

@@ -81,10 +81,8 @@ def run_train(args):
         if name not in wanted and not needed:
             continue
         target = os.path.join(args.work, name.replace(" ", "-").replace(",", "").replace(">", ""))
-        made = {"copy": os.path.join(args.work, "copy")}.get(source, source)
-        empty = [os.path.join(args.work, "empty.yaml")]
-        open(empty[0], "w").write("{}\n")
-        receipt = json.loads(run([args.hymoe, command, made, target, *empty, *settings, "--json"]))
+        made = os.path.join(args.work, "copy") if source == "copy" else source
+        receipt = json.loads(run([args.hymoe, command, made, target, *settings, "--json"]))
         if name in wanted:
             losses = train(args, target, os.path.basename(target), args.steps)
             above, step = max((loss - of_dense, i + 1) for i, (loss, of_dense) in enumerate(zip(losses, dense)))
@@ -161,14 +159,12 @@ def timed(command, source):
 def run_stream(args):
     source, target = os.path.join(args.work, "source"), os.path.join(args.work, "target")
     layers = write_checkpoint(source, args.gb * 1e9)
-    empty = os.path.join(args.work, "empty.yaml")
-    open(empty, "w").write("{}\n")
     # One layer in seven becomes a MoE of 2 + 1 FFNs, so that the target is about half as large again.
     moe = (f"moe={{shared: {{hidden: {HIDDEN}}}, branches: [{{name: token, num_experts: 2, hidden: {HIDDEN}, router: {{top_k: 1, shared: inside}}}}]}}")
     commands = {"cp": ["cp", "-r", source, target],
-                "upcycle": [args.hymoe, "upcycle", source, target, empty, moe, "every=7", "--json"],
-                "upcycle, noise": [args.hymoe, "upcycle", source, target, empty, moe, "every=7", "method=noise", "--json"],
-                "grow": [args.hymoe, "grow", source, target, empty, f"num_layers={layers + layers // 3}", "depth=identity"
+                "upcycle": [args.hymoe, "upcycle", source, target, moe, "every=7", "--json"],
+                "upcycle, noise": [args.hymoe, "upcycle", source, target, moe, "every=7", "method=noise", "--json"],
+                "grow": [args.hymoe, "grow", source, target, f"num_layers={layers + layers // 3}", "depth=identity"
                          if layers % max(1, layers // 3) == 0 else "depth=interpose", "--json"]}
     results = {name: [] for name in commands}
     for _ in range(args.rounds):
