@@ -30,6 +30,9 @@ class ConfigFile {
     throw DataError(path_.string() + ": " + one_line(key), one_line(text));
   }
 
+  /// Whether it is there, be it null.
+  bool has(const std::string& key) const { return values_.contains(key); }
+
   const json* find(const std::string& key) const {
     const auto it = values_.find(key);
     return it == values_.end() || it->is_null() ? nullptr : &*it;

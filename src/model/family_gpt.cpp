@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <string_view>
 #include <utility>
 
@@ -111,7 +112,16 @@ ModelConfig read_gpt_neox(const ConfigFile& file) {
   c.num_heads = c.num_kv_heads = file.get_size("num_attention_heads");
   c.hidden = file.get<int64_t>("intermediate_size");
   c.max_seq_len = file.get<int64_t>("max_position_embeddings", 2048);
-  read_rope(file, c, file.get<double>("rotary_emb_base", 10000.0), file.get<double>("rotary_pct", 0.25));
+  const auto base = file.get<double>("rotary_emb_base", 10000.0), part = file.get<double>("rotary_pct", 0.25);
+  read_rope(file, c, base, part);
+  // Two words for one thing, of which versions of transformers take one or the other.
+  if (file.find("rotary_emb_base") != nullptr && base != c.rope_theta) {
+    file.fail("rotary_emb_base", "differs from rope_theta");
+  }
+  if (file.find("rotary_pct") != nullptr &&
+      std::floor(part * static_cast<double>(c.head_size())) != static_cast<double>(c.rotary_size())) {
+    file.fail("rotary_pct", "differs from partial_rotary_factor");
+  }
   c.qkv_bias = c.o_bias = file.get<bool>("attention_bias", true);
   c.ffn = read_gelu(file, "hidden_act", "gelu");
   c.parallel_residual = file.get<bool>("use_parallel_residual", true);

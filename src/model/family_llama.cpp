@@ -27,7 +27,7 @@ void write_llama(const ModelConfig& config, nlohmann::ordered_json& out) {
 ModelConfig read_mistral(const ConfigFile& file) {
   ModelConfig c = read_decoder(file, "mistral", {.kv_heads_are_heads = false, .max_seq_len = 131072});
   file.expect("attention_bias", false);
-  read_window(file, c);
+  read_window(file, c, kDefaultWindow);
   return c;
 }
 

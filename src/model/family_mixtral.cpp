@@ -9,7 +9,7 @@ ModelConfig read_mixtral(const ConfigFile& file) {
       read_decoder(file, "mixtral",
                    {.kv_heads_are_heads = false, .max_seq_len = 131072, .rope_theta = 1e6, .norm_eps = 1e-5});
   file.expect("attention_bias", false);
-  read_window(file, c);
+  read_window(file, c, 0);
   c.moe_layers = all_layers(c);
   RouterConfig router{.top_k = file.get<int64_t>("num_experts_per_tok")};
   router.jitter = file.get<double>("router_jitter_noise", 0.0);

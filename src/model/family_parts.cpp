@@ -38,7 +38,8 @@ void parse_yarn(const ConfigFile& file, const Number& number, double max_seq_len
 }
 
 // What an object that says how to rotate says.
-Rope parse_rope(const ConfigFile& all, const std::string& key, const json& object, int64_t max_seq_len) {
+Rope parse_rope(const ConfigFile& all, const std::string& key, const json& object,
+                const ModelConfig& config) {
   if (!object.is_object()) all.fail(key, "expected an object, got " + object.dump());
   const ConfigFile file(all.path(), object);
   const auto fail = [&](const std::string& name, const std::string& text) {
@@ -56,25 +57,27 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
   if (file.find("rope_theta") != nullptr) rope.theta = number("rope_theta");
   RopeConfig& scaling = rope.scaling;
   const auto original = [&] {
-    scaling.original_seq_len = all.get<int64_t>(kOriginal, file.get<int64_t>(kOriginal, max_seq_len));
+    scaling.original_seq_len = all.get<int64_t>(kOriginal, file.get<int64_t>(kOriginal, config.max_seq_len));
     known.push_back(kOriginal);
   };
-  if (type == "linear") {
+  // transformers has LongRoPE with two scales of what rotates in this family alone, and nothing else there.
+  const bool phi = config.family == "phimoe";
+  if (type == "linear" && !phi) {
     scaling = {.scaling = "linear", .factor = number("factor")};
     known.push_back("factor");
-  } else if (type == "llama3") {
+  } else if (type == "llama3" && !phi) {
     scaling = {.scaling = "llama3",
                .factor = number("factor"),
                .low_freq_factor = number("low_freq_factor"),
                .high_freq_factor = number("high_freq_factor")};
     original();
     known.insert(known.end(), {"factor", "low_freq_factor", "high_freq_factor"});
-  } else if (type == "yarn") {
+  } else if (type == "yarn" && !phi) {
     original();
-    parse_yarn(file, number, static_cast<double>(max_seq_len), scaling);
+    parse_yarn(file, number, static_cast<double>(config.max_seq_len), scaling);
     known.insert(known.end(), {"factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim",
                                "attention_factor"});
-  } else if (type == "longrope" || type == "su") {
+  } else if ((type == "longrope" || type == "su") && phi) {
     scaling = {.scaling = "longrope",
                .short_factors = file.get<std::vector<double>>("short_factor"),
                .long_factors = file.get<std::vector<double>>("long_factor"),
@@ -84,7 +87,8 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
     known.insert(known.end(), {"short_factor", "long_factor", "short_mscale", "long_mscale"});
   } else if (type != "default") {
     fail(file.find("rope_type") != nullptr ? "rope_type" : "type",
-         "expected one of default, linear, llama3, yarn, longrope, got \"" + type + "\"");
+         std::string("expected one of default, ") + (phi ? "longrope" : "linear, llama3, yarn") + ", got \"" +
+             type + "\"");
   }
   for (const auto& [name, value] : object.items()) {
     if (std::find(known.begin(), known.end(), name) == known.end()) {
@@ -106,20 +110,20 @@ std::vector<int64_t> read_token_ids(const ConfigFile& file, const std::string& k
 void refuse_what_no_family_has(const ConfigFile& file) {
   file.expect("use_mrope", false);
   file.expect("rope_interleaved", false);
-  file.expect("attention_dropout", 0.0);
   file.expect("is_encoder_decoder", false);
   file.expect("add_cross_attention", false);
   if (file.find("quantization_config") != nullptr) file.fail("quantization_config", "is not implemented");
 }
 
-void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta, double default_part) {
+void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta,
+               std::optional<double> default_part) {
   Rope rope;
   if (file.find("rope_theta") != nullptr) rope.theta = file.get<double>("rope_theta");
   if (file.find("partial_rotary_factor") != nullptr) rope.part = file.get<double>("partial_rotary_factor");
   const char* before = nullptr;
   for (const char* key : {"rope_parameters", "rope_scaling"}) {
     if (file.find(key) == nullptr) continue;
-    Rope here = parse_rope(file, key, *file.find(key), config.max_seq_len);
+    Rope here = parse_rope(file, key, *file.find(key), config);
     if (here.theta && rope.theta && *here.theta != *rope.theta) {
       file.fail(std::string(key) + ".rope_theta", "differs from rope_theta");
     }
@@ -132,25 +136,24 @@ void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta
   }
   config.rope_theta = rope.theta.value_or(default_theta);
   config.rope = rope.scaling;
-  const double part = rope.part.value_or(default_part);
-  // As transformers rounds it.
+  const double part = rope.part.value_or(default_part.value_or(1));
   if (part == 1) return;
+  if (!default_part) {
+    file.fail("partial_rotary_factor", "transformers rotates whole heads in " + config.family +
+                                           ": expected 1, got " + std::to_string(part));
+  }
   const double rotary = part * static_cast<double>(config.head_size());
   if (part > 1 || rotary < 1) {
     file.fail("partial_rotary_factor", "expected a part of a head of " + std::to_string(config.head_size()) +
                                            " channels, got " + std::to_string(part));
   }
-  config.rotary_dim = static_cast<int64_t>(rotary);
+  config.rotary_dim = static_cast<int64_t>(rotary);  // as transformers rounds it
 }
 
 void write_rope(const ModelConfig& config, ordered_json& out) {
   const RopeConfig& rope = config.rope;
   ordered_json parameters{{"rope_theta", config.rope_theta},
                           {"rope_type", rope.scaling == "none" ? "default" : rope.scaling}};
-  if (config.rotary_dim > 0) {
-    parameters["partial_rotary_factor"] =
-        static_cast<double>(config.rotary_dim) / static_cast<double>(config.head_size());
-  }
   if (rope.scaling != "none" && rope.scaling != "longrope") parameters["factor"] = rope.factor;
   if (rope.scaling != "none" && rope.scaling != "linear") parameters[kOriginal] = rope.original_seq_len;
   if (rope.scaling == "llama3") {
@@ -177,8 +180,8 @@ void write_rope(const ModelConfig& config, ordered_json& out) {
   out["rope_scaling"] = parameters;  // where transformers before 5 looks
 }
 
-void read_window(const ConfigFile& file, ModelConfig& config) {
-  config.sliding_window = file.get<int64_t>("sliding_window", 0);
+void read_window(const ConfigFile& file, ModelConfig& config, int64_t otherwise) {
+  config.sliding_window = file.has("sliding_window") ? file.get<int64_t>("sliding_window", 0) : otherwise;
 }
 
 void write_window(const ModelConfig& config, ordered_json& out) {
@@ -189,14 +192,13 @@ void read_windows_by_layer(const ConfigFile& file, ModelConfig& config, bool has
   if (has_switch && !file.get<bool>("use_sliding_window", false)) {
     if (file.find("layer_types") == nullptr) return;
   } else {
-    read_window(file, config);
-    if (has_switch && config.sliding_window == 0)
-      file.fail("sliding_window", "is missing: use_sliding_window is true");
+    read_window(file, config, kDefaultWindow);
   }
   std::vector<std::string> types;
   if (file.find("layer_types") != nullptr) types = file.get<std::vector<std::string>>("layer_types");
-  const int64_t first =
-      types.empty() && config.sliding_window > 0 ? file.get<int64_t>("max_window_layers") : 0;
+  const int64_t first = types.empty() && config.sliding_window > 0
+                            ? file.get<int64_t>("max_window_layers", has_switch ? 28 : 62)
+                            : 0;
   if (!types.empty() && static_cast<int64_t>(types.size()) != config.num_layers) {
     file.fail("layer_types", "expected one a layer, " + std::to_string(config.num_layers) + ", got " +
                                  std::to_string(types.size()));
@@ -288,15 +290,17 @@ void write_tokens(const ModelConfig& config, ordered_json& out) {
 
 ModelConfig read_decoder(const ConfigFile& file, const std::string& family, const DecoderDefaults& defaults) {
   refuse_what_no_family_has(file);
-  file.expect("hidden_act", "silu");
+  if (file.get<std::string>("hidden_act", "silu") != "swish") file.expect("hidden_act", "silu");
   ModelConfig c;
   c.family = family;
   c.vocab_size = file.get<int64_t>("vocab_size");
   c.dim = file.get_size("hidden_size");
   c.num_layers = file.get_layers("num_hidden_layers");
   c.num_heads = file.get_size("num_attention_heads");
-  c.num_kv_heads = file.get<int64_t>("num_key_value_heads",
-                                     defaults.kv_heads_are_heads ? std::optional(c.num_heads) : std::nullopt);
+  constexpr const char* kKVHeads = "num_key_value_heads";  // null: as many as heads
+  c.num_kv_heads = file.get<int64_t>(kKVHeads, defaults.kv_heads_are_heads || file.has(kKVHeads)
+                                                   ? std::optional(c.num_heads)
+                                                   : std::nullopt);
   c.head_dim = file.get_size("head_dim", 0, 0);
   c.hidden = file.get<int64_t>("intermediate_size");
   c.max_seq_len = file.get<int64_t>("max_position_embeddings", defaults.max_seq_len);

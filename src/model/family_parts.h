@@ -30,11 +30,16 @@ void read_tokens(const ConfigFile& file, ModelConfig& config);
 void write_tokens(const ModelConfig& config, nlohmann::ordered_json& out);
 
 /// rope_theta, rope_scaling and rope_parameters, which are of several versions of transformers.
-void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta, double default_part = 1);
+/// default_part of a head rotates where the file is silent; none: transformers rotates whole heads in this
+/// family, whatever the file says, so that another part is refused.
+void read_rope(const ConfigFile& file, ModelConfig& config, double default_theta,
+               std::optional<double> default_part = {});
 void write_rope(const ModelConfig& config, nlohmann::ordered_json& out);
 
+/// transformers' sliding_window where there is no such key, in the families that have one; null is none.
+constexpr int64_t kDefaultWindow = 4096;
 /// sliding_window of all layers.
-void read_window(const ConfigFile& file, ModelConfig& config);
+void read_window(const ConfigFile& file, ModelConfig& config, int64_t otherwise);
 void write_window(const ModelConfig& config, nlohmann::ordered_json& out);
 /// sliding_window of the layers that layer_types names or, without it, of those from max_window_layers on;
 /// where it has `use_sliding_window`, only if that is true.

@@ -9,12 +9,13 @@ ModelConfig read_phimoe(const ConfigFile& file) {
   ModelConfig c =
       read_decoder(file, "phimoe",
                    {.kv_heads_are_heads = false, .max_seq_len = 131072, .rope_theta = 1e6, .norm_eps = 1e-5});
-  read_window(file, c);
+  read_window(file, c, 0);
   c.norm = "layer";
   read_attention_bias(file, c);
   c.logits_bias = file.get<bool>("lm_head_bias", false);
   c.moe_layers = all_layers(c);
-  RouterConfig router{.kind = "sparse_mixer", .top_k = file.get<int64_t>("num_experts_per_tok")};
+  file.expect("num_experts_per_tok", 2);  // transformers takes two, whatever the file says
+  RouterConfig router{.kind = "sparse_mixer", .top_k = 2};
   router.jitter = file.get<double>("input_jitter_noise", 0.0);
   router.mixer_eps = file.get<double>("router_jitter_noise", 0.01);
   router.balance_loss = balance_from(file, router.top_k, c.moe_layers.size());

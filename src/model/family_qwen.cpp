@@ -33,14 +33,15 @@ void write_qwen3(const ModelConfig& config, nlohmann::ordered_json& out) {
 }
 
 void read_experts(const ConfigFile& file, ModelConfig& c, const SharedConfig& shared) {
-  c.moe_layers = read_moe_layers(file, c.num_layers);
+  // transformers 5 has another key for Qwen3.
+  const char* key = file.find("num_experts") != nullptr ? "num_experts" : "num_local_experts";
+  const auto num_experts = file.get<int64_t>(key);
+  if (num_experts != 0) c.moe_layers = read_moe_layers(file, c.num_layers);
+  if (c.moe_layers.empty()) return;
   RouterConfig router{.top_k = file.get<int64_t>("num_experts_per_tok")};
   router.normalize = file.get<bool>("norm_topk_prob", false);
   router.balance_loss = balance_from(file, router.top_k, c.moe_layers.size());
-  // transformers 5 has another key for Qwen3.
-  const char* experts = file.find("num_experts") != nullptr ? "num_experts" : "num_local_experts";
-  c.moe =
-      make_moe(c.dim, file.get<int64_t>(experts), file.get<int64_t>("moe_intermediate_size"), router, shared);
+  c.moe = make_moe(c.dim, num_experts, file.get<int64_t>("moe_intermediate_size"), router, shared);
 }
 
 void write_qwen_experts(const ModelConfig& config, nlohmann::ordered_json& out) {
@@ -62,7 +63,9 @@ ModelConfig read_qwen2_moe(const ConfigFile& file) {
 
 void write_qwen2_moe(const ModelConfig& config, nlohmann::ordered_json& out) {
   write_decoder(config, out);
-  write_windows_by_layer(config, out);
+  ModelConfig alike = config;
+  alike.full_attention_layers.clear();  // transformers before 5 lets all layers slide or none
+  write_windows_by_layer(alike, out);
   out["qkv_bias"] = config.has_qkv_bias();
   out["shared_expert_intermediate_size"] = config.moe.shared.hidden;
   write_qwen_experts(config, out);
@@ -72,7 +75,7 @@ ModelConfig read_qwen3_moe(const ConfigFile& file) {
   ModelConfig c = read_decoder(file, "qwen3_moe", {.kv_heads_are_heads = false, .max_seq_len = 32768});
   c.qk_norm = "head";
   read_attention_bias(file, c);
-  if (file.get<bool>("use_sliding_window", false)) read_window(file, c);
+  if (file.get<bool>("use_sliding_window", false)) read_window(file, c, kDefaultWindow);
   read_experts(file, c, {});
   return c;
 }

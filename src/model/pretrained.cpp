@@ -147,10 +147,9 @@ Tensor read_whole(const SafetensorsFolder& files, const Target& target, at::Scal
 }
 
 // A tied output matrix may be in files too, if it is the embedding.
-void check_tied(const SafetensorsFolder& files, const std::string& embedding) {
-  constexpr const char* kHead = "lm_head.weight";
-  if (!files.contains(kHead) || files.tensor(kHead).equal(files.tensor(embedding))) return;
-  throw DataError(files.file_with(kHead).path().string() + ": " + kHead,
+void check_tied(const SafetensorsFolder& files, const std::string& head, const std::string& embedding) {
+  if (!files.contains(head) || files.tensor(head).equal(files.tensor(embedding))) return;
+  throw DataError(files.file_with(head).path().string() + ": " + head,
                   "differs from " + embedding + ", but config.json ties them");
 }
 
@@ -160,13 +159,15 @@ std::vector<Target> find_targets(const SafetensorsFolder& files, const Family* f
   std::vector<Target> targets = targets_of(model);
   place(targets, files, family, model->config());
   const bool tied = model->config().tie_embeddings;
+  const std::string head = pieces_of(family, model->config(), "lm_head.weight", {}, false).front().name;
   check_names_and_shapes(files, targets, family == nullptr, [&](const std::string& name) {
-    if (tied && name == "lm_head.weight") return true;
+    if (tied && name == head) return true;
     return family != nullptr && std::any_of(family->unused.begin(), family->unused.end(),
                                             [&](const std::string& end) { return name.ends_with(end); });
   });
   for (const Target& target : targets) {
-    if (tied && target.name == "model.embed_tokens.weight") check_tied(files, target.pieces.front().name);
+    if (tied && target.name == "model.embed_tokens.weight")
+      check_tied(files, head, target.pieces.front().name);
   }
   return targets;
 }

@@ -40,13 +40,38 @@ class HuggingFace : public testing::Test {
 };
 std::optional<TemporaryFolder> HuggingFace::folder_;
 
-const char* const kModels[] = {
-    "llama",         "llama_wide_heads",  "llama_bf16", "llama_biases",  "llama_3",
-    "llama_linear",  "llama_yarn",        "mistral",    "qwen2",         "qwen1_5",
-    "qwen2_windows", "qwen2_yarn",        "qwen3",      "mixtral",       "mixtral_stacked",
-    "qwen2_moe",     "qwen2_moe_stacked", "qwen3_moe",  "olmoe",         "olmoe_clipped",
-    "phimoe",        "phimoe_stacked",    "dots1",      "dots1_groups",  "gpt2",
-    "gpt2_untied",   "gpt2_quick",        "gpt_neox",   "gpt_neox_yarn", "gpt_neox_sequential"};
+const char* const kModels[] = {"llama",
+                               "llama_wide_heads",
+                               "llama_bf16",
+                               "llama_biases",
+                               "llama_3",
+                               "llama_linear",
+                               "llama_yarn",
+                               "mistral",
+                               "qwen2",
+                               "qwen1_5",
+                               "qwen2_windows",
+                               "qwen2_yarn",
+                               "qwen3",
+                               "mixtral",
+                               "mixtral_stacked",
+                               "qwen2_moe",
+                               "qwen2_moe_stacked",
+                               "qwen2_moe_windows",
+                               "qwen3_moe_dense",
+                               "qwen3_moe",
+                               "olmoe",
+                               "olmoe_clipped",
+                               "phimoe",
+                               "phimoe_stacked",
+                               "dots1",
+                               "dots1_groups",
+                               "gpt2",
+                               "gpt2_untied",
+                               "gpt2_quick",
+                               "gpt_neox",
+                               "gpt_neox_yarn",
+                               "gpt_neox_sequential"};
 
 double largest_difference(const Tensor& a, const Tensor& b) { return (a - b).abs().max().item<double>(); }
 

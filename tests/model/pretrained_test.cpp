@@ -4,6 +4,8 @@
 #include <filesystem>
 #include <functional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include <ATen/ops/randint.h>
@@ -203,16 +205,6 @@ TEST_F(Pretrained, BadTensorsAreNamed) {
   }
 }
 
-TEST_F(Pretrained, TiedHeadThatEqualsTheEmbeddingIsFine) {
-  const fs::path dir = save("m");
-  rewrite(dir, [](NamedTensors& tensors) {
-    for (const auto& [name, value] : NamedTensors(tensors)) {
-      if (name == "model.embed_tokens.weight") tensors.emplace_back("lm_head.weight", value.clone());
-    }
-  });
-  EXPECT_NO_THROW(load_pretrained(dir));
-}
-
 TEST_F(Pretrained, BadConfigsAreNamed) {
   struct Case {
     std::string key;
@@ -229,8 +221,6 @@ TEST_F(Pretrained, BadConfigsAreNamed) {
       {"num_hidden_layers", int64_t{1} << 60, {"num_hidden_layers", "expected 1 to 10000"}},
       {"num_attention_heads", 0, {"num_attention_heads", "got 0"}},
       {"bos_token_id", uint64_t{1} << 63, {"bos_token_id", "expected an integer"}},
-      {"partial_rotary_factor", 1e300, {"partial_rotary_factor", "part of a head"}},
-      {"partial_rotary_factor", 0, {"partial_rotary_factor", "part of a head"}},
       {"model_type", "two\nlines", {"two lines"}},
       {"hidden_act", "gelu", {"hidden_act", "silu", "gelu"}},
       {"rope_theta", 7.0, {"rope_parameters.rope_theta"}},
@@ -241,7 +231,6 @@ TEST_F(Pretrained, BadConfigsAreNamed) {
       {"sliding_window", 1024, {"sliding_window"}},
       {"use_sliding_window", true, {"use_sliding_window"}},
       {"quantization_config", {{"bits", 4}}, {"quantization_config"}},
-      {"attention_dropout", 0.1, {"attention_dropout"}},
       {"rope_interleaved", true, {"rope_interleaved"}},
   };
   for (const Case& c : cases) {
@@ -278,6 +267,26 @@ ModelConfig gpt2_config() {
   config.ffn = "gelu";
   config.qkv_bias = config.o_bias = config.ffn_bias = true;
   return config;
+}
+
+TEST_F(Pretrained, TiedHeadThatEqualsTheEmbeddingIsFine) {
+  ModelConfig neox = gpt2_config();
+  neox.family = "gpt_neox";
+  neox.positions = "rotary";
+  export_pretrained(Transformer(neox), folder_ / "neox");
+  save("llama");
+  for (const auto& [dir, embedding, head] :
+       {std::tuple{folder_ / "llama", "model.embed_tokens.weight", "lm_head.weight"},
+        {folder_ / "neox", "gpt_neox.embed_in.weight", "embed_out.weight"}}) {
+    rewrite(dir, [&](NamedTensors& tensors) {
+      const auto it =
+          std::find_if(tensors.begin(), tensors.end(), [&](auto& t) { return t.first == embedding; });
+      tensors.emplace_back(head, it->second.clone());
+    });
+    EXPECT_NO_THROW(load_pretrained(dir)) << dir;
+    rewrite(dir, [](NamedTensors& tensors) { tensors.back().second += 1; });
+    expect_load_fails(dir, {head, "differs from", embedding});
+  }
 }
 
 ModelConfig mixtral_config() {
@@ -404,6 +413,7 @@ TEST_F(Pretrained, WhatTheFamilyHasNoWordForIsNotExported) {
   expect(changed(tiny_config(false), [](C& c) { c.qk_norm = "head"; }), "qk_norm \"head\"");
   expect(changed(tiny_config(false), [](C& c) { c.o_bias = true; }), "qkv_bias false");
   expect(changed(tiny_config(false), [](C& c) { c.sliding_window = 4; }), "sliding_window 4");
+  expect(changed(tiny_config(false), [](C& c) { c.rotary_dim = 4; }), "rotary_dim 4");
   expect(changed(gpt2_config(), [](C& c) { c.parallel_residual = true; }), "parallel_residual true");
   expect(changed(gpt2_config(), [](C& c) { c.top_query = true; }), "top_query true");
   expect(changed(gpt2_config(), [](C& c) { c.num_kv_heads = 1; }), "num_kv_heads 1");
@@ -416,12 +426,136 @@ TEST_F(Pretrained, WhatTheFamilyHasNoWordForIsNotExported) {
   expect(experts([](MoEConfig& m) { m.branches[0].router.bias_update = 0.1; }),
          "moe.branches.0.router.bias_update 0");
   expect(experts([](MoEConfig& m) { m.branches[0].router.kind = "segment"; }), "moe.branches.0.router.kind");
+  const auto longrope = [](C& c) {
+    c.rope = {.scaling = "longrope",
+              .original_seq_len = 9,
+              .short_factors = {1, 1, 1, 1},
+              .long_factors = {2, 2, 2, 2}};
+  };
+  const auto phimoe = [&](auto change) {
+    return changed(mixtral_config(), [&](C& c) {
+      c.family = "phimoe";
+      c.norm = "layer";
+      c.moe.branches[0].router = {.kind = "sparse_mixer", .top_k = 2};
+      change(c);
+    });
+  };
+  const auto expect_key = [](const std::string& text, const std::string& words) {
+    EXPECT_NE(text.find(" cannot say it: config.json: " + words), std::string::npos) << text;
+  };
+  expect_key(changed(tiny_config(false), longrope),
+             "rope_parameters.rope_type: expected one of default, linear");
+  expect_key(phimoe([](C& c) { c.rope = {.scaling = "yarn", .original_seq_len = 9}; }),
+             "rope_parameters.rope_type: expected one of default, longrope, got \"yarn\"");
+  expect_key(phimoe([](C& c) { c.moe.branches[0].router.top_k = 3; }), "num_experts_per_tok: only 2");
+  const auto qwen = [&](std::vector<int64_t> full) {
+    return changed(mixtral_config(), [&](C& c) {
+      c.family = "qwen2_moe";
+      c.moe.shared = {.hidden = 8, .gate = true};
+      c.sliding_window = 4;
+      c.full_attention_layers = std::move(full);
+    });
+  };
+  expect(qwen({1}), "full_attention_layers");  // which transformers before 5 does not know
+  EXPECT_EQ(qwen({}), "no error");
+  fs::remove_all(folder_ / "x");
+  EXPECT_EQ(phimoe(longrope), "no error");
+  fs::remove_all(folder_ / "x");
   EXPECT_EQ(changed(mixtral_config(),
                     [](C& c) {
                       c.moe.branches[0].router.capacity_factor = 2;  // of training
                       c.freeze = {"*norm*"};
                     }),
             "no error");
+}
+
+TEST_F(Pretrained, CheckpointOfAModelThatItsFamilyHasNoWordForIsOurs) {
+  ModelConfig config = tiny_config(false);
+  config.rotary_dim = 4;
+  save_pretrained(Transformer(config), folder_ / "m");
+  EXPECT_EQ(json::parse(read_text(folder_ / "m/config.json"))["model_type"], "hymoe");
+  EXPECT_EQ(load_pretrained(folder_ / "m")->config().rotary_dim, 4);
+}
+
+/// config.json of every family as transformers may have it, with `changes`.
+class FamilyConfig : public Pretrained {
+ protected:
+  ModelConfig read(const std::string& family, const json& changes) const {
+    json config{{"vocab_size", 40},
+                {"hidden_size", 16},
+                {"intermediate_size", 24},
+                {"num_hidden_layers", 2},
+                {"num_attention_heads", 2},
+                {"num_key_value_heads", 1},
+                {"num_experts", 4},
+                {"num_local_experts", 4},
+                {"n_routed_experts", 4},
+                {"num_experts_per_tok", 2},
+                {"moe_intermediate_size", 8},
+                {"n_shared_experts", 1},
+                {"shared_expert_intermediate_size", 8}};
+    config["model_type"] = family;
+    config.update(changes);
+    write_file_atomic(folder_ / "config.json", config.dump());
+    return read_model_config(folder_.path());
+  }
+  void expect_refused(const std::string& family, const json& changes, const std::string& words) const {
+    try {
+      read(family, changes);
+      ADD_FAILURE() << family << " took " << changes;
+    } catch (const DataError& error) {
+      EXPECT_NE(std::string(error.what()).find("config.json: " + words), std::string::npos) << error.what();
+    }
+  }
+};
+
+TEST_F(FamilyConfig, WhatTransformersComputesOtherwiseIsRefused) {
+  const json longrope{{"rope_type", "longrope"},     {"short_factor", {1, 1, 1, 1}},
+                      {"long_factor", {2, 2, 2, 2}}, {"short_mscale", 1.0},
+                      {"long_mscale", 1.0},          {"original_max_position_embeddings", 9}};
+  const json yarn{{"rope_type", "yarn"}, {"factor", 2.0}};
+  for (const std::string family : {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe",
+                                   "olmoe", "phimoe", "dots1"}) {
+    for (const double part : {0.5, 0.0, 1e300}) {
+      expect_refused(family, {{"partial_rotary_factor", part}},
+                     "partial_rotary_factor: transformers rotates whole heads in " + family);
+    }
+    const bool phi = family == "phimoe";
+    const json& known = phi ? longrope : yarn;
+    EXPECT_EQ(read(family, {{"rope_parameters", known}}).rope.scaling, known["rope_type"]);
+    expect_refused(family, {{"rope_parameters", phi ? yarn : longrope}},
+                   "rope_parameters.rope_type: expected one of default, ");
+  }
+  for (const int64_t top_k : {1, 3}) {
+    expect_refused("phimoe", {{"num_experts_per_tok", top_k}}, "num_experts_per_tok: only 2");
+  }
+  EXPECT_EQ(read("gpt_neox", {{"rotary_pct", 0.5}, {"rotary_emb_base", 7}}).rotary_size(), 4);
+  expect_refused("gpt_neox", {{"partial_rotary_factor", 1e300}}, "partial_rotary_factor: expected a part of");
+  expect_refused("gpt_neox", {{"rotary_pct", 0.5}, {"partial_rotary_factor", 0.25}}, "rotary_pct: differs");
+  expect_refused("gpt_neox", {{"rotary_emb_base", 7}, {"rope_theta", 10000.0}}, "rotary_emb_base: differs");
+}
+
+TEST_F(FamilyConfig, WindowIsTransformersWhereTheFileIsSilent) {
+  const json on{{"use_sliding_window", true}, {"max_window_layers", 0}};
+  for (const std::string family : {"mistral", "qwen2", "qwen3", "qwen3_moe", "dots1"}) {
+    EXPECT_EQ(read(family, on).sliding_window, 4096) << family;
+    json none = on;
+    none["sliding_window"] = nullptr;
+    EXPECT_EQ(read(family, none).sliding_window, 0) << family;
+  }
+  for (const char* family : {"qwen2", "qwen3", "dots1"}) {  // of layers 28 and on, or 62 and on
+    EXPECT_EQ(read(family, {{"use_sliding_window", true}}).sliding_window, 0) << family;
+  }
+  for (const char* family : {"mixtral", "phimoe"}) EXPECT_EQ(read(family, json::object()).sliding_window, 0) << family;
+}
+
+TEST_F(FamilyConfig, OtherSpellingsAreRead) {
+  EXPECT_EQ(read("llama", {{"hidden_act", "swish"}, {"attention_dropout", 0.1}}).ffn, "swiglu");
+  for (const char* family : {"mistral", "qwen2", "mixtral", "phimoe"}) {
+    EXPECT_EQ(read(family, {{"num_key_value_heads", nullptr}}).num_kv_heads, 2) << family;
+  }
+  EXPECT_TRUE(read("qwen3_moe", {{"num_experts", 0}}).moe_layers.empty());
+  EXPECT_TRUE(read("qwen3_moe", {{"mlp_only_layers", {0, 1}}}).moe_layers.empty());
 }
 
 TEST_F(Pretrained, MissingWeightsAreNamed) {
