@@ -10,6 +10,7 @@
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/where.h>
 
 #include "hymoe/comm/collectives.h"
 #include "hymoe/config/error.h"
@@ -82,6 +83,7 @@ AttentionImpl::AttentionImpl(const ModelConfig& config, const Mesh& mesh, int64_
       norm_eps(config.norm_eps),
       clip_qkv(config.clip_qkv),
       rope_scale(hymoe::rope_scale(config)),
+      far_scale(hymoe::rope_scale(config, /*far=*/true)),
       tp(mesh.tp) {
   const auto project = [&](const char* name, int64_t in, int64_t out, bool bias) {
     return register_module(name, std::make_shared<LinearImpl>(in, out, bias));
@@ -125,21 +127,25 @@ Tensor AttentionImpl::heads(const Tensor& x, const LinearImpl& project, const We
   return clip_qkv ? y.clamp(-*clip_qkv, *clip_qkv) : y;
 }
 
-Tensor AttentionImpl::rotated(const Tensor& x, const Rows& rows, double scale) const {
+// scaled: by the square of rope_scale, which queries have for the keys too.
+Tensor AttentionImpl::rotated(const Tensor& x, const Rows& rows, bool scaled) const {
   if (!rows.inv_freq.defined()) return x;
   const int64_t rotating = 2 * rows.inv_freq.size(0);
   const bool all = rotating == head_size;
-  Tensor part = ops::rotary(all ? x : x.narrow(2, 0, rotating), rows.positions, rows.inv_freq);
-  if (scale != 1) part = part * scale;
+  const auto turned = [&](const Tensor& inv_freq, double scale) {
+    const Tensor y = ops::rotary(all ? x : x.narrow(2, 0, rotating), rows.positions, inv_freq);
+    return scaled && scale != 1 ? y * (scale * scale) : y;
+  };
+  Tensor part = turned(rows.inv_freq, rope_scale);
+  if (rows.far.defined()) part = at::where(rows.far, turned(rows.far_freq, far_scale), part);
   return all ? part : at::cat({part, x.narrow(2, rotating, head_size - rotating)}, 2);
 }
 
 Tensor AttentionImpl::forward(const Tensor& x, const Rows& rows) const {
   const Tensor asking =
       query_positions ? copy_to_ranks(at::embedding(query_positions->weight, rows.positions), tp) : x;
-  // Queries have the keys' scale too.
-  const Tensor q = rotated(heads(asking, *q_proj, q_norm.get()), rows, rope_scale * rope_scale);
-  const Tensor k = rotated(heads(x, *k_proj, k_norm.get()), rows, 1);
+  const Tensor q = rotated(heads(asking, *q_proj, q_norm.get()), rows, /*scaled=*/true);
+  const Tensor k = rotated(heads(x, *k_proj, k_norm.get()), rows, /*scaled=*/false);
   const Tensor v = heads(x, *v_proj, nullptr);
   const Tensor& offsets = rows.packing.offsets;
   const Tensor y = rows.cache == nullptr ? ops::attention(q, k, v, offsets, offsets, window)

@@ -43,6 +43,8 @@ struct Rows {
   Packing packing;
   Tensor positions;  // [T] int64, on the device of the model
   Tensor inv_freq;   // [rotary size / 2] fp32, undefined with learned positions
+  Tensor far;        // [T, 1, 1] bool: of documents that longrope takes for long ones; undefined: none are
+  Tensor far_freq;   // inv_freq of these
   KVCache* cache;    // nullptr: none
   bool recompute;    // let the backward pass run attention and experts again
 };
@@ -57,7 +59,7 @@ struct AttentionImpl : torch::nn::Module {
   bool norm_of_heads;  // else of all of them together
   double norm_eps;
   std::optional<double> clip_qkv;
-  double rope_scale;
+  double rope_scale, far_scale;
   Group tp;
   std::shared_ptr<LinearImpl> q_proj, k_proj, v_proj, o_proj;
   std::shared_ptr<WeightImpl> q_norm, k_norm;   // nullptr: none
@@ -66,7 +68,7 @@ struct AttentionImpl : torch::nn::Module {
  private:
   Tensor normed(const Tensor& x, const WeightImpl* norm) const;
   Tensor heads(const Tensor& x, const LinearImpl& project, const WeightImpl* norm) const;
-  Tensor rotated(const Tensor& x, const Rows& rows, double scale) const;
+  Tensor rotated(const Tensor& x, const Rows& rows, bool scaled) const;
 };
 
 struct MlpImpl : torch::nn::Module {

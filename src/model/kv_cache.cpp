@@ -25,8 +25,10 @@ Tensor append_rows(Tensor& buffer, int64_t length, const Tensor& rows) {
 
 }  // namespace
 
-KVCache::KVCache(const ModelConfig& config, int64_t batch)
-    : layers_(config.num_layers, std::vector<Entry>(batch)), state_(batch) {}
+KVCache::KVCache(const ModelConfig& config, int64_t batch, int64_t reach)
+    : layers_(config.num_layers, std::vector<Entry>(batch)),
+      state_(batch),
+      reach_(reach > 0 ? reach : config.max_seq_len) {}
 
 std::pair<Tensor, Tensor> KVCache::append(int64_t layer, int64_t document, const Tensor& k, const Tensor& v) {
   const torch::NoGradGuard no_grad;

@@ -62,8 +62,9 @@ class Rows:
         self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
         self.cos = self.sin = None
         if config.positions == "rotary":
-            angles = self.positions.float()[:, None] * rotary_angles(config, device)
-            scale = rotary_scale(config)
+            parts = [torch.arange(n, device=device)[:, None].float() * rotary_angles(config, n, device) for n in lengths]
+            angles = torch.cat(parts)
+            scale = torch.cat([torch.full((n, 1, 1), float(rotary_scale(config, n)), device=device) for n in lengths])
             self.cos, self.sin = angles.cos()[:, None] * scale, angles.sin()[:, None] * scale
 
 
@@ -71,16 +72,16 @@ def head_size(config):
     return config.head_dim or config.dim // config.num_heads
 
 
-def longrope(config):
-    """The factors of the angles and that of what rotates: those for long models or those for short ones."""
+def longrope(config, length):
+    """The factors of the angles and that of what rotates: those for long texts or those for short ones."""
     rope = config.rope
-    if config.max_seq_len > rope.original_seq_len:
+    if length > rope.original_seq_len:
         return rope.long_factors, rope.long_scale
     return rope.short_factors, rope.short_scale
 
 
-def rotary_angles(config, device):
-    """Angle a position of every pair of channels that rotates."""
+def rotary_angles(config, length, device):
+    """Angle a position of every pair of channels that rotates, in a text of `length`."""
     size, rope = config.rotary_dim or head_size(config), config.rope
     angles = 1 / config.rope_theta ** (torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
     if rope.scaling == "linear":
@@ -101,15 +102,15 @@ def rotary_angles(config, device):
         longer = longer.clamp(0, 1)
         return longer * angles / rope.factor + (1 - longer) * angles
     if rope.scaling == "longrope":
-        return angles / torch.tensor(longrope(config)[0], device=device)
+        return angles / torch.tensor(longrope(config, length)[0], device=device)
     return angles
 
 
-def rotary_scale(config):
+def rotary_scale(config, length):
     """The factor of what rotates."""
     rope = config.rope
     if rope.scaling == "longrope":
-        return longrope(config)[1]
+        return longrope(config, length)[1]
     if rope.scaling != "yarn":
         return 1
     return 1 + 0.1 * math.log(max(rope.factor, 1)) if rope.attention_factor is None else rope.attention_factor

@@ -45,11 +45,9 @@ at::Tensor yarn_angles(const at::Tensor& angles, const ModelConfig& config) {
   return stretched(angles, 1 - longer, rope.factor);
 }
 
-bool is_long(const ModelConfig& config) { return config.max_seq_len > config.rope.original_seq_len; }
-
 }  // namespace
 
-at::Tensor rope_angles(const ModelConfig& config) {
+at::Tensor rope_angles(const ModelConfig& config, bool far) {
   if (config.positions == "learned") return {};
   const RopeConfig& rope = config.rope;
   const at::Tensor angles = ops::rotary_angles(config.rotary_size(), config.rope_theta);
@@ -57,18 +55,18 @@ at::Tensor rope_angles(const ModelConfig& config) {
   if (rope.scaling == "llama3") return llama3_angles(angles, rope);
   if (rope.scaling == "yarn") return yarn_angles(angles, config);
   if (rope.scaling == "longrope") {
-    return angles / at::tensor(is_long(config) ? rope.long_factors : rope.short_factors, at::kFloat);
+    return angles / at::tensor(far ? rope.long_factors : rope.short_factors, at::kFloat);
   }
   return angles;
 }
 
-double rope_scale(const ModelConfig& config) {
+double rope_scale(const ModelConfig& config, bool far) {
   const RopeConfig& rope = config.rope;
   if (rope.scaling == "yarn") {
     return rope.attention_factor.value_or(1 + 0.1 * std::log(std::max(rope.factor, 1.0)));
   }
   if (rope.scaling != "longrope") return 1;
-  return is_long(config) ? rope.long_scale : rope.short_scale;
+  return far ? rope.long_scale : rope.short_scale;
 }
 
 }  // namespace hymoe

@@ -12,6 +12,7 @@
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/ones.h>
@@ -58,6 +59,21 @@ Tensor make_positions(const Packing& packing, const KVCache* cache) {
     for (int64_t t = offsets[i]; t < offsets[i + 1]; ++t) out[t] = past + t - offsets[i];
   }
   return positions;
+}
+
+// Rows::far.
+Tensor far_rows(const Packing& packing, const ModelConfig& config, const KVCache* cache) {
+  if (config.rope.scaling != "longrope") return {};
+  const Tensor rows = packing.offsets.diff();
+  Tensor lengths = rows;
+  if (cache != nullptr) {
+    lengths = at::full_like(rows, cache->reach());
+  } else if (packing.padding.defined()) {
+    const Tensor real = packing.padding.to(at::kCPU).logical_not().cumsum(0);
+    lengths = at::constant_pad_nd(real, {1, 0}).index_select(0, packing.offsets).diff();
+  }
+  const Tensor far = lengths > config.rope.original_seq_len;
+  return far.any().item<bool>() ? far.repeat_interleave(rows).view({-1, 1, 1}) : Tensor();
 }
 
 void check_mesh(const ModelConfig& config, const Mesh& mesh) {
@@ -155,8 +171,18 @@ Tensor TransformerImpl::look_up(const Tensor& tokens) const {
   return sum_over_ranks(found.masked_fill(elsewhere.unsqueeze(1), 0), mesh_.tp);
 }
 
-Tensor TransformerImpl::angles_on(at::Device device) const {
-  return inv_freq_.defined() ? inv_freq_.to(device) : inv_freq_;
+Rows TransformerImpl::rows_of(const Packing& packing, KVCache* cache) const {
+  const auto there = [&](const Tensor& x) {
+    return x.defined() ? x.to(model_->embed_tokens->weight.device()) : x;
+  };
+  const Tensor far = far_rows(packing, config_, cache);
+  return {.packing = packing,
+          .positions = there(make_positions(packing, cache)),
+          .inv_freq = there(inv_freq_),
+          .far = there(far),
+          .far_freq = far.defined() ? there(rope_angles(config_, /*far=*/true)) : Tensor(),
+          .cache = cache,
+          .recompute = recompute_};
 }
 
 // The final norm, where it stands before this layer.
@@ -168,7 +194,7 @@ ModelOutput TransformerImpl::hidden(const Tensor& tokens, const Packing& packing
   check_packing(tokens, packing, config_, cache);
   const torch::AutoGradMode grad(torch::GradMode::is_enabled() && cache == nullptr);
   const auto device = model_->embed_tokens->weight.device();
-  Rows rows{packing, make_positions(packing, cache).to(device), angles_on(device), cache, recompute_};
+  Rows rows = rows_of(packing, cache);
   if (cache != nullptr) rows.packing.state = &cache->state();
 
   ModelOutput output;
@@ -217,7 +243,7 @@ LossOutput TransformerImpl::loss(const Tensor& tokens, const Tensor& targets, co
 std::string TransformerImpl::first_non_finite(const Tensor& tokens, const Packing& packing) {
   const torch::NoGradGuard no_grad;
   const auto device = model_->embed_tokens->weight.device();
-  const Rows rows{packing, make_positions(packing, nullptr).to(device), angles_on(device), nullptr, false};
+  const Rows rows = rows_of(packing, nullptr);
   ModelOutput output;
   output.aux_loss = at::zeros({}, at::TensorOptions(at::kFloat).device(device));
   const auto finite = [](const Tensor& tensor) { return at::isfinite(tensor).all().item<bool>(); };

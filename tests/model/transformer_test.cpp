@@ -159,27 +159,38 @@ TEST(Transformer, SlidingWindowsHideOlderRows) {
   EXPECT_DOUBLE_EQ(config.attention_span(8), 8 + 4 * (2 - 0.5));
 }
 
-// Which list stretches the angles follows from max_seq_len.
-TEST(Transformer, LongRopeTakesTheListOfItsLength) {
+// Which list stretches the angles of a document follows from its rows that are no padding or, in a cache,
+// from those that it is to reach.
+TEST(Transformer, LongRopeTakesTheListOfTheDocumentsLength) {
   ModelConfig config = dense_config();
   config.rope = {.scaling = "longrope",
-                 .original_seq_len = 64,
+                 .original_seq_len = 6,
                  .short_factors = {1, 2},
                  .long_factors = {3, 4},
                  .short_scale = 1.5,
                  .long_scale = 0.5};
-  ModelConfig stretched = config, swapped = config;
-  stretched.rope.original_seq_len = 63;
-  std::swap(swapped.rope.short_factors, swapped.rope.long_factors);
-  std::swap(swapped.rope.short_scale, swapped.rope.long_scale);
-  const Tensor tokens = random_tokens(12);
-  std::vector<Tensor> all;
-  for (const ModelConfig& c : {config, stretched, swapped}) {
-    Transformer model = make_model(c);
-    all.push_back(logits(model, tokens, documents({12})));
+  ModelConfig all_short = config, all_long = config;
+  all_short.rope.original_seq_len = 64;
+  all_long.rope.original_seq_len = 1;
+  Transformer model = make_model(config), near = make_model(all_short), far = make_model(all_long);
+  const Tensor tokens = random_tokens(13), one = tokens.narrow(0, 0, 6), other = tokens.narrow(0, 6, 7);
+  const Tensor want = at::cat({logits(near, one, documents({6})), logits(far, other, documents({7}))});
+  EXPECT_GT(difference(want.narrow(0, 0, 6), logits(far, one, documents({6}))), 0.01);
+  EXPECT_LT(difference(logits(model, tokens, documents({6, 7})), want), 5e-5);
+  Packing padded = documents({6, 7});
+  padded.padding = at::arange(13) == 12;
+  EXPECT_LT(difference(logits(model, tokens, padded).narrow(0, 0, 12),
+                       logits(near, tokens, padded).narrow(0, 0, 12)),
+            5e-5);
+  for (const auto& [reach, like] : {std::pair{int64_t{6}, near}, {7, far}, {0, far}}) {
+    KVCache cache(config, 1, reach);
+    logits(model, one.narrow(0, 0, 2), documents({2}), &cache);
+    Transformer same = like;
+    EXPECT_LT(difference(logits(model, one.narrow(0, 2, 4), documents({4}), &cache),
+                         logits(same, one, documents({6})).narrow(0, 2, 4)),
+              5e-5)
+        << reach;
   }
-  EXPECT_GT(difference(all[0], all[1]), 0.01);
-  EXPECT_TRUE(all[1].equal(all[2]));
 }
 
 // Law 7: whatever the pieces in which documents come, also unevenly and with pauses.

@@ -32,8 +32,8 @@ struct RopeConfig {
     return hymoe::fields(
         field("scaling", &C::scaling,
               "linear: angles / factor; llama3 and yarn: those of long waves / factor, of short ones as they "
-              "are; longrope: each / a factor of its own, one list for models of max_seq_len above "
-              "original_seq_len and one for others")
+              "are; longrope: each / a factor of its own, one list for documents of more than "
+              "original_seq_len rows and one for others")
             .one_of({"none", "linear", "llama3", "yarn", "longrope"}),
         field("factor", &C::factor, "of linear, llama3 and yarn").above(0),
         field("low_freq_factor", &C::low_freq_factor,
@@ -53,9 +53,9 @@ struct RopeConfig {
               "longest text of pretraining (llama3, yarn, longrope)")
             .at_least(0),
         field("short_factors", &C::short_factors, "longrope: one a pair of rotating channels").above(0),
-        field("long_factors", &C::long_factors, "longrope: the same for longer models").above(0),
+        field("long_factors", &C::long_factors, "longrope: the same for longer documents").above(0),
         field("short_scale", &C::short_scale, "longrope: factor of what rotates").above(0),
-        field("long_scale", &C::long_scale, "longrope: the same for longer models").above(0));
+        field("long_scale", &C::long_scale, "longrope: the same for longer documents").above(0));
   }
   void check() const;
   bool operator==(const RopeConfig&) const = default;

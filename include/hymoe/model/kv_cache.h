@@ -18,9 +18,11 @@ using at::Tensor;
 /// in a call. Room grows by doubling, so a step costs no copy of the past.
 class KVCache {
  public:
-  /// For `batch` documents, all empty.
-  KVCache(const ModelConfig& config, int64_t batch);
+  /// For `batch` documents, all empty. `reach` is what longrope takes for the length of each, whose keys turn
+  /// by it from the first on; 0: max_seq_len.
+  KVCache(const ModelConfig& config, int64_t batch, int64_t reach = 0);
 
+  int64_t reach() const { return reach_; }
   int64_t batch() const { return state_.documents(); }
   /// Rows that a document holds.
   int64_t length(int64_t document) const { return state_.past().at(document); }
@@ -39,6 +41,7 @@ class KVCache {
 
   std::vector<std::vector<Entry>> layers_;  // [layer][document]
   DecodeState state_;
+  int64_t reach_;
 };
 
 }  // namespace hymoe

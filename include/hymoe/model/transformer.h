@@ -42,6 +42,7 @@ enum class Init { kRandom, kNone };
 
 struct DecoderImpl;
 struct LinearImpl;
+struct Rows;
 
 /// A decoder-only language model over flattened rows: `tokens` [T] int64 hold the documents of `packing` one
 /// after another; attention, positions and routing never cross from one to the next. Padding rows may only
@@ -109,7 +110,7 @@ class TransformerImpl : public torch::nn::Module {
   const Tensor& output_weight() const;
   Tensor embed(const Tensor& tokens, const Tensor& positions) const;
   Tensor look_up(const Tensor& tokens) const;
-  Tensor angles_on(at::Device device) const;
+  Rows rows_of(const Packing& packing, KVCache* cache) const;
   Tensor normed_before(int64_t layer, const Tensor& x) const;
 
   ModelConfig config_;
