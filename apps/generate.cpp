@@ -15,7 +15,7 @@ namespace {
 struct GenerateArguments {
   std::string checkpoint, prompt, prompt_file;
   GenerateConfig config;
-  bool json = false;
+  bool no_prefix = false, json = false;
 
   std::string text() const {
     if (!prompt.empty()) return prompt;
@@ -43,6 +43,8 @@ void add_generate(CLI::App& program) {
   command->add_option("--stop", config.stop, "text that ends the completion; may be repeated")
       ->allow_extra_args(false);
   command->add_flag("--ignore-eos", config.ignore_eos, "go on after a token that ends texts");
+  command->add_flag("--no-prefix", arguments->no_prefix,
+                    "do not begin with the special tokens that the tokenizer puts before a text");
   command->add_flag("--json", arguments->json, "print one object: text, ids, finish");
   command->callback([arguments] {
     check_config(arguments->config);
@@ -51,7 +53,8 @@ void add_generate(CLI::App& program) {
     model->check_decodable();
     const Tokenizer tokenizer = Tokenizer::load(arguments->checkpoint);
     const std::string text = arguments->text();
-    const std::vector<int32_t> ids = tokenizer.encode(text, /*allow_special=*/true);
+    const std::vector<int32_t> ids =
+        arguments->no_prefix ? tokenizer.encode(text, /*allow_special=*/true) : tokenizer.encode_prompt(text);
     if (ids.empty()) throw DataError("prompt", "expected some text, got none");
     OnText stream;
     if (!arguments->json) {

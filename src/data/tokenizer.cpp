@@ -117,6 +117,7 @@ struct Tokenizer::State {
   std::vector<std::string> bytes;     // by id
   std::vector<bool> special;
   std::unordered_map<std::string, int32_t> ids;
+  std::vector<int32_t> prefix;
   std::optional<int32_t> bos;
   std::optional<int32_t> eos;
   std::string fingerprint;
@@ -128,6 +129,7 @@ Tokenizer::State::State(const TokenizerSpec& spec)
       nfc(spec.nfc),
       added(added_tokens(spec, false)),
       added_normalized(added_tokens(spec, true)),
+      prefix(spec.prefix),
       fingerprint(fingerprint_of(spec)) {
   for (const std::string& token : spec.vocabulary) {
     if (!token.empty()) ids.emplace(token, static_cast<int32_t>(bytes.size()));
@@ -223,6 +225,14 @@ void Tokenizer::encode(std::string_view text, std::vector<int32_t>& out, bool al
                                    state.encode_words(rest, out);
                                  });
   });
+}
+
+std::vector<int32_t> Tokenizer::encode_prompt(std::string_view text) const {
+  std::vector<int32_t> ids = encode(text, /*allow_special=*/true);
+  const std::vector<int32_t>& prefix = state_->prefix;
+  const bool begun = ids.size() >= prefix.size() && std::equal(prefix.begin(), prefix.end(), ids.begin());
+  if (!begun) ids.insert(ids.begin(), prefix.begin(), prefix.end());
+  return ids;
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) const {

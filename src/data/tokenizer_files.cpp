@@ -2,6 +2,7 @@
 #include <charconv>
 #include <functional>
 #include <queue>
+#include <set>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -196,6 +197,63 @@ void VocabularyBuilder::add_added_token(AddedToken token, const std::string& whe
   spec_.added.push_back(std::move(token));
 }
 
+namespace {
+
+// What a folder says of tokens beyond its vocab.json, as transformers reads it: tokenizer_config.json's
+// added_tokens_decoder with their flags, then those that only added_tokens.json has, which are special where
+// a special token is called so.
+std::vector<AddedToken> read_added_tokens(const std::filesystem::path& folder) {
+  std::vector<AddedToken> tokens;
+  std::set<std::string> special;
+  const auto visit = [&](const char* name, const auto& body) {
+    const std::filesystem::path path = folder / name;
+    if (!std::filesystem::exists(path)) return;
+    const nlohmann::json json = read_json(path);
+    const std::string file = path.string();
+    const JsonNode root(json, file, "");
+    if (!json.is_object()) root.fail("wanted an object");
+    body(root);
+  };
+  const auto text_of = [](const JsonNode& token) {
+    return token.is_string() ? token.string() : token.at("content").string();
+  };
+  const auto read_special = [&](const JsonNode& root) {
+    for (const char* which : {"bos", "eos", "unk", "sep", "pad", "cls", "mask"}) {
+      if (const auto token = root.find(std::string(which) + "_token")) special.insert(text_of(*token));
+    }
+    if (const auto more = root.find("additional_special_tokens")) {
+      for (const JsonNode& token : more->array()) special.insert(text_of(token));
+    }
+  };
+  visit("special_tokens_map.json", read_special);
+  visit("tokenizer_config.json", [&](const JsonNode& root) {
+    read_special(root);
+    const auto added = root.find("added_tokens_decoder");
+    if (!added) return;
+    for (const auto& [key, value] : added->value().items()) {
+      const JsonNode token = added->at(key);
+      int32_t id = -1;
+      const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), id);
+      if (error != std::errc() || end != key.data() + key.size())
+        token.fail("wanted the id of a token as key");
+      tokens.push_back(read_added_token(token, id));
+    }
+  });
+  visit("added_tokens.json", [&](const JsonNode& root) {
+    for (const auto& [content, value] : root.value().items()) {
+      const int32_t id = read_token_id(root.at(content));
+      const auto known = std::find_if(tokens.begin(), tokens.end(), [&](const AddedToken& token) {
+        return token.id == id && token.content == content;
+      });
+      if (known == tokens.end())
+        tokens.push_back({.id = id, .content = content, .special = special.contains(content)});
+    }
+  });
+  return tokens;
+}
+
+}  // namespace
+
 TokenizerSpec read_gpt2_files(const std::filesystem::path& vocab, const std::filesystem::path& merges) {
   const nlohmann::json tokens = read_json(vocab);
   if (!tokens.is_object()) throw DataError(vocab.string(), "wanted an object of tokens and ids");
@@ -217,9 +275,12 @@ TokenizerSpec read_gpt2_files(const std::filesystem::path& vocab, const std::fil
     }
   });
   spec.splits.push_back(SplitStep::regex(kGpt2Pattern));
-  if (const auto id = builder.find("<|endoftext|>")) {
-    builder.add_added_token({.id = *id, .content = "<|endoftext|>", .special = true}, "");
-  }
+  for (AddedToken& token : read_added_tokens(vocab.parent_path()))
+    builder.add_added_token(std::move(token), "added tokens");
+  const std::string end = "<|endoftext|>";
+  const auto is_end = [&](const AddedToken& token) { return token.content == end; };
+  if (const auto id = builder.find(end); id && std::none_of(spec.added.begin(), spec.added.end(), is_end))
+    builder.add_added_token({.id = *id, .content = end, .special = true}, "");
   return spec;
 }
 

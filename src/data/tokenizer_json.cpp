@@ -127,19 +127,46 @@ bool is_byte_level(const JsonNode& decoder) {
   return items.size() == 1 && is_byte_level(items[0]);
 }
 
-// Post-processors only put special tokens around the ids, which the caller does; but one of an unknown type
-// might do more.
-void check_post_processor(const JsonNode& piece) {
+// Post-processors only put special tokens around the ids; one of an unknown type might do more. Those before
+// a text begin prompts; how texts end is the caller's.
+void read_post_processor(const JsonNode& piece, std::vector<int32_t>& prefix) {
   const std::string& type = piece.at("type").string();
   if (type == "Sequence") {
-    for (const JsonNode& item : piece.at("processors").array()) check_post_processor(item);
-  } else if (type != "TemplateProcessing" && type != "ByteLevel" && type != "RobertaProcessing" &&
-             type != "BertProcessing") {
+    for (const JsonNode& item : piece.at("processors").array()) read_post_processor(item, prefix);
+  } else if (type == "TemplateProcessing") {
+    for (const JsonNode& item : piece.at("single").array()) {
+      const auto special = item.find("SpecialToken");
+      if (!special) break;
+      const JsonNode token = piece.at("special_tokens").at(special->at("id").string());
+      for (const JsonNode& id : token.at("ids").array()) prefix.push_back(read_token_id(id));
+    }
+  } else if (type == "RobertaProcessing" || type == "BertProcessing") {
+    const std::vector<JsonNode> cls = piece.at("cls").array();
+    if (cls.size() != 2) piece.at("cls").fail("wanted a token and its id");
+    prefix.push_back(read_token_id(cls[1]));
+  } else if (type != "ByteLevel") {
     unsupported(piece, type);
   }
 }
 
 }  // namespace
+
+int32_t read_token_id(const JsonNode& node) {
+  const int64_t id = node.integer();
+  if (id != static_cast<int32_t>(id)) node.fail(std::to_string(id) + " is no token id");
+  return static_cast<int32_t>(id);
+}
+
+AddedToken read_added_token(const JsonNode& token, int32_t id) {
+  const bool special = token.flag("special", false);
+  return {.id = id,
+          .content = token.at("content").string(),
+          .special = special,
+          .normalized = token.flag("normalized", !special),
+          .lstrip = token.flag("lstrip", false),
+          .rstrip = token.flag("rstrip", false),
+          .single_word = token.flag("single_word", false)};
+}
 
 TokenizerSpec read_tokenizer_json(const std::filesystem::path& file) {
   const nlohmann::json json = read_json(file);
@@ -157,21 +184,11 @@ TokenizerSpec read_tokenizer_json(const std::filesystem::path& file) {
                        std::to_string(spec.splits.size()));
   const JsonNode decoder = root.at("decoder");
   if (!is_byte_level(decoder)) unsupported(decoder, decoder.at("type").string());
-  if (const auto processor = root.find("post_processor")) check_post_processor(*processor);
+  if (const auto processor = root.find("post_processor")) read_post_processor(*processor, spec.prefix);
   if (const auto added = root.find("added_tokens")) {
     for (const JsonNode& token : added->array()) {
       if (token.at("content").string().empty()) continue;
-      const int64_t id = token.at("id").integer();
-      if (id != static_cast<int32_t>(id)) token.at("id").fail(std::to_string(id) + " is no token id");
-      const bool special = token.flag("special", false);
-      builder.add_added_token({.id = static_cast<int32_t>(id),
-                               .content = token.at("content").string(),
-                               .special = special,
-                               .normalized = token.flag("normalized", !special),
-                               .lstrip = token.flag("lstrip", false),
-                               .rstrip = token.flag("rstrip", false),
-                               .single_word = token.flag("single_word", false)},
-                              token.path());
+      builder.add_added_token(read_added_token(token, read_token_id(token.at("id"))), token.path());
     }
   }
   return spec;

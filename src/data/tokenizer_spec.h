@@ -11,6 +11,7 @@
 
 #include "data/added_tokens.h"
 #include "data/bpe.h"
+#include "data/json_node.h"
 #include "data/text_split.h"
 
 namespace hymoe {
@@ -27,6 +28,7 @@ struct TokenizerSpec {
   bool nfc = false;
   std::vector<SplitStep> splits;
   std::vector<AddedToken> added;
+  std::vector<int32_t> prefix;  // of prompts
 };
 
 /// Tokens and merges as files give them, checked one by one. Throws DataError naming `file`.
@@ -51,6 +53,10 @@ class VocabularyBuilder {
   std::unordered_map<std::string, size_t> added_contents_;  // places in spec_.added
   std::unordered_map<int32_t, size_t> added_ids_;
 };
+
+int32_t read_token_id(const JsonNode& node);
+/// An entry of added_tokens, or of added_tokens_decoder, whose key is the id.
+AddedToken read_added_token(const JsonNode& token, int32_t id);
 
 TokenizerSpec read_tokenizer_json(const std::filesystem::path& file);
 TokenizerSpec read_gpt2_files(const std::filesystem::path& vocab, const std::filesystem::path& merges);

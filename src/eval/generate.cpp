@@ -7,6 +7,7 @@
 #include <span>
 #include <utility>
 
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/tensor.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
@@ -104,7 +105,9 @@ Tensor next_logits(Transformer& model, const std::vector<std::vector<int64_t>>& 
   const Packing packing{.offsets = at::tensor(offsets), .padding = {}};
   const Tensor hidden = model->hidden(at::tensor(rows), packing, &cache).hidden;
   const Tensor ends = hidden.index_select(0, at::tensor(last).to(hidden.device()));
-  return model->logits(ends).to(at::kCPU, at::kFloat).contiguous();
+  const Tensor logits = model->logits(ends).to(at::kCPU, at::kFloat).contiguous();
+  if (!at::isfinite(logits).all().item<bool>()) throw DataError("model", "its logits are not finite");
+  return logits;
 }
 
 }  // namespace
@@ -124,7 +127,12 @@ std::vector<Generation> generate(Transformer& model, const Tokenizer& tokenizer,
   const torch::NoGradGuard no_grad;
   const EvaluationMode evaluation(model);
   const std::vector<int64_t> ends = end_tokens(model, tokenizer, config);
-  KVCache cache(model->config(), static_cast<int64_t>(prompts.size()));
+  std::vector<int64_t> reach;
+  for (const auto& prompt : prompts)
+    reach.push_back(
+        std::min(model->config().max_seq_len - static_cast<int64_t>(prompt.size()), config.max_new_tokens) +
+        static_cast<int64_t>(prompt.size()));
+  KVCache cache(model->config(), static_cast<int64_t>(prompts.size()), reach);
   std::vector<Completion> completions;
   for (size_t i = 0; i < prompts.size(); ++i) {
     completions.push_back({Sampler(config, static_cast<int64_t>(i)), TextStream(config.stop), {}});

@@ -22,7 +22,7 @@ class ConfigFile {
 
   ConfigFile(std::filesystem::path path, json values) : path_(std::move(path)), values_(std::move(values)) {}
   /// The file in a folder. Throws DataError for one that is no JSON object.
-  static ConfigFile in(const std::filesystem::path& dir);
+  static ConfigFile in(const std::filesystem::path& dir, const char* name = "config.json");
 
   const std::filesystem::path& path() const { return path_; }
 

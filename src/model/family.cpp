@@ -74,8 +74,8 @@ std::string first_difference(const json& a, const json& b) {
 
 }  // namespace
 
-ConfigFile ConfigFile::in(const std::filesystem::path& dir) {
-  const std::filesystem::path path = dir / "config.json";
+ConfigFile ConfigFile::in(const std::filesystem::path& dir, const char* name) {
+  const std::filesystem::path path = dir / name;
   json values = read_json(path);
   if (!values.is_object()) throw DataError(path.string(), "expected a JSON object");
   return {path, std::move(values)};

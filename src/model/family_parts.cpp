@@ -98,14 +98,14 @@ Rope parse_rope(const ConfigFile& all, const std::string& key, const json& objec
   return rope;
 }
 
+}  // namespace
+
 std::vector<int64_t> read_token_ids(const ConfigFile& file, const std::string& key) {
   const json* value = file.find(key);
   if (value == nullptr) return {};
   if (value->is_array()) return file.as<std::vector<int64_t>>(key, *value);
   return {file.as<int64_t>(key, *value)};
 }
-
-}  // namespace
 
 void refuse_what_no_family_has(const ConfigFile& file) {
   file.expect("use_mrope", false);

@@ -17,6 +17,9 @@ struct DecoderDefaults {
   double norm_eps = 1e-6;
 };
 
+/// A token or a list of them; none where the key is absent.
+std::vector<int64_t> read_token_ids(const ConfigFile& file, const std::string& key);
+
 /// Refuses what no family here has.
 void refuse_what_no_family_has(const ConfigFile& file);
 

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <utility>
@@ -9,6 +10,7 @@
 #include "hymoe/config/error.h"
 #include "hymoe/model/pretrained.h"
 #include "model/family.h"
+#include "model/family_parts.h"
 #include "model/with_code.h"
 
 namespace hymoe {
@@ -41,10 +43,7 @@ std::optional<nlohmann::ordered_json> same_layout(const ModelConfig& config) {
   }
 }
 
-}  // namespace
-
-ModelConfig read_model_config(const std::filesystem::path& dir) {
-  const ConfigFile file = ConfigFile::in(dir);
+ModelConfig read_config(const ConfigFile& file) {
   const std::string type = file.get<std::string>("model_type");
   if (type == "hymoe") {
     const nlohmann::json* model = file.find("model");
@@ -65,6 +64,18 @@ ModelConfig read_model_config(const std::filesystem::path& dir) {
     check_config(config);
   } catch (const ConfigError& e) {
     throw DataError(file.path().string(), e.what());
+  }
+  return config;
+}
+
+}  // namespace
+
+ModelConfig read_model_config(const std::filesystem::path& dir) {
+  ModelConfig config = read_config(ConfigFile::in(dir));
+  if (!std::filesystem::exists(dir / "generation_config.json")) return config;
+  auto& ends = config.eos_token_ids;
+  for (const int64_t id : read_token_ids(ConfigFile::in(dir, "generation_config.json"), "eos_token_id")) {
+    if (std::find(ends.begin(), ends.end(), id) == ends.end()) ends.push_back(id);
   }
   return config;
 }

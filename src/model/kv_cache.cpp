@@ -25,10 +25,13 @@ Tensor append_rows(Tensor& buffer, int64_t length, const Tensor& rows) {
 
 }  // namespace
 
-KVCache::KVCache(const ModelConfig& config, int64_t batch, int64_t reach)
+KVCache::KVCache(const ModelConfig& config, int64_t batch, std::vector<int64_t> reach)
     : layers_(config.num_layers, std::vector<Entry>(batch)),
       state_(batch),
-      reach_(reach > 0 ? reach : config.max_seq_len) {}
+      reach_(reach.empty() ? std::vector<int64_t>(batch, config.max_seq_len) : std::move(reach)) {
+  TORCH_CHECK(static_cast<int64_t>(reach_.size()) == batch, "KVCache: reach must be of ", batch,
+              " documents, got ", reach_.size());
+}
 
 std::pair<Tensor, Tensor> KVCache::append(int64_t layer, int64_t document, const Tensor& k, const Tensor& v) {
   const torch::NoGradGuard no_grad;

@@ -1,6 +1,7 @@
 #include "hymoe/model/pretrained.h"
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <map>
 #include <optional>
@@ -275,9 +276,22 @@ void save_pretrained(const Transformer& model, const std::filesystem::path& dir,
 }
 
 void copy_tokenizer_files(const std::filesystem::path& from, const std::filesystem::path& to) {
-  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-                           "merges.txt", "generation_config.json", "chat_template.jinja"}) {
-    if (std::filesystem::exists(from / name)) write_file_atomic(to / name, read_text(from / name));
+  constexpr std::array kNames{"tokenizer.json",
+                              "tokenizer_config.json",
+                              "special_tokens_map.json",
+                              "added_tokens.json",
+                              "vocab.json",
+                              "merges.txt",
+                              "vocab.txt",
+                              "tokenizer.model",
+                              "spiece.model",
+                              "generation_config.json",
+                              "chat_template.jinja",
+                              "chat_template.json"};
+  for (const auto& entry : std::filesystem::directory_iterator(from)) {
+    const std::string name = entry.path().filename().string();
+    if (name.ends_with(".tiktoken") || std::find(kNames.begin(), kNames.end(), name) != kNames.end())
+      write_file_atomic(to / name, read_text(entry.path()));
   }
 }
 

@@ -12,7 +12,6 @@
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/full_like.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/ones.h>
@@ -67,7 +66,7 @@ Tensor far_rows(const Packing& packing, const ModelConfig& config, const KVCache
   const Tensor rows = packing.offsets.diff();
   Tensor lengths = rows;
   if (cache != nullptr) {
-    lengths = at::full_like(rows, cache->reach());
+    lengths = at::tensor(cache->reach());
   } else if (packing.padding.defined()) {
     const Tensor real = packing.padding.to(at::kCPU).logical_not().cumsum(0);
     lengths = at::constant_pad_nd(real, {1, 0}).index_select(0, packing.offsets).diff();

@@ -95,6 +95,31 @@ TEST_F(TokenizerTest, MergesOfRanksAreThoseOfTheDefinition) {
   EXPECT_GT(refused, 10);
 }
 
+TEST_F(TokenizerTest, Gpt2FilesWithAddedTokens) {
+  json vocab;
+  for (int b = 0; b < 256; ++b) vocab[characters_of_bytes(std::string(1, static_cast<char>(b)))] = b;
+  write("vocab.json", vocab.dump());
+  write("merges.txt", "#version: 0.2\n");
+  write("added_tokens.json", R"({"<|im_start|>": 256, "<more>": 257, "<pad>": 258})");
+  write("special_tokens_map.json", R"({"pad_token": {"content": "<pad>"}})");
+  write("tokenizer_config.json",
+        R"({"added_tokens_decoder": {"256": {"content": "<|im_start|>", "special": true, "lstrip": true}}})");
+  const Tokenizer tokenizer = Tokenizer::load(folder_);
+  EXPECT_EQ(tokenizer.encode("a <|im_start|><more><pad>", true), (Ids{'a', 256, 257, 258}));
+  EXPECT_EQ(tokenizer.encode("<more>"), Ids{257});
+  EXPECT_EQ(tokenizer.encode("<pad>").size(), 5u);  // special: text unless allowed
+  EXPECT_EQ(tokenizer.decode(Ids{256, 257, 258}, true), "<more>");
+  write("added_tokens.json", R"({"<|im_start|>": 255})");
+  EXPECT_NE(refusal(folder_).find("\"<|im_start|>\""), std::string::npos) << refusal(folder_);
+  write("added_tokens.json", R"({"<|im_start|>": "x"})");
+  EXPECT_NE(refusal(folder_).find("added_tokens.json: <|im_start|>: wanted an integer"), std::string::npos)
+      << refusal(folder_);
+  write("tokenizer_config.json", R"({"added_tokens_decoder": {"x": {"content": "y"}}})");
+  EXPECT_NE(refusal(folder_).find("added_tokens_decoder.x: wanted the id of a token as key"),
+            std::string::npos)
+      << refusal(folder_);
+}
+
 TEST_F(TokenizerTest, MalformedTiktokenAndGpt2Files) {
   for (const auto& [text, wanted] :
        {std::pair{"YQ==\n", ":1: wanted a token in base64, a space and its rank"},

@@ -167,6 +167,34 @@ TEST_F(TokenizerTest, EndsOfText) {
             std::string::npos);
 }
 
+TEST_F(TokenizerTest, PromptsBeginAsThePostProcessorSays) {
+  json j = small_tokenizer();
+  EXPECT_EQ(load(j).encode_prompt("a"), Ids{'a'});
+  const json tokens{{"<a>", {{"id", "<a>"}, {"ids", {7}}, {"tokens", {"<a>"}}}},
+                    {"<z>", {{"id", "<z>"}, {"ids", {8}}, {"tokens", {"<z>"}}}}};
+  const auto special = [](const char* id) { return json{{"SpecialToken", {{"id", id}, {"type_id", 0}}}}; };
+  const json text{{"Sequence", {{"id", "A"}, {"type_id", 0}}}};
+  j["post_processor"] = {{"type", "Sequence"},
+                         {"processors",
+                          {{{"type", "ByteLevel"}},
+                           {{"type", "TemplateProcessing"},
+                            {"single", {special("<a>"), text, special("<z>")}},
+                            {"special_tokens", tokens}}}}};
+  const Tokenizer tokenizer = load(j);
+  EXPECT_EQ(tokenizer.encode_prompt("a"), (Ids{7, 'a'}));
+  EXPECT_EQ(tokenizer.encode_prompt("\x07"
+                                    "a"),
+            (Ids{7, 'a'}));  // it stands there
+  EXPECT_EQ(tokenizer.encode_prompt(""), Ids{7});
+  EXPECT_EQ(tokenizer.encode("a"), Ids{'a'});
+  j["post_processor"] = {{"type", "RobertaProcessing"}, {"cls", {"<a>", 7}}, {"sep", {"<z>", 8}}};
+  EXPECT_EQ(load(j).encode_prompt("a"), (Ids{7, 'a'}));
+  j["post_processor"] = {
+      {"type", "TemplateProcessing"}, {"single", {special("<b>"), text}}, {"special_tokens", tokens}};
+  write("tokenizer.json", j.dump());
+  EXPECT_NE(refusal(folder_).find("\"<b>\" is missing"), std::string::npos) << refusal(folder_);
+}
+
 TEST_F(TokenizerTest, FingerprintIsOfTheMeaning) {
   const json j = small_tokenizer();
   const std::string fingerprint = load(j).fingerprint();

@@ -160,9 +160,23 @@ TEST_F(Pretrained, BuffersKeepTheirTypeInBfloat16) {
 TEST_F(Pretrained, TokenizerFilesComeAlong) {
   write_file_atomic(folder_ / "tokenizer.json", "{}");
   write_file_atomic(folder_ / "other.json", "{}");
+  for (const char* name : {"added_tokens.json", "tokenizer.model", "qwen.tiktoken"})
+    write_file_atomic(folder_ / name, "as it is");
+  write_file_atomic(folder_ / "generation_config.json", R"({"eos_token_id": [5, 2]})");
   save_pretrained(Transformer(tiny_config(false)), folder_ / "m", folder_.path());
   EXPECT_TRUE(fs::exists(folder_ / "m/tokenizer.json"));
   EXPECT_FALSE(fs::exists(folder_ / "m/other.json"));
+  for (const char* name : {"added_tokens.json", "tokenizer.model", "qwen.tiktoken"})
+    EXPECT_EQ(read_text(folder_ / "m" / name), "as it is");
+
+  // Texts end where either file says.
+  auto config = json::parse(read_text(folder_ / "m/config.json"));
+  config["eos_token_id"] = 2;
+  write_file_atomic(folder_ / "m/config.json", config.dump());
+  EXPECT_EQ(read_model_config(folder_ / "m").eos_token_ids, (std::vector<int64_t>{2, 5}));
+  write_file_atomic(folder_ / "m/generation_config.json", R"({"eos_token_id": "2"})");
+  EXPECT_TRUE(holds(message_of<DataError>([&] { read_model_config(folder_ / "m"); }),
+                    "generation_config.json: eos_token_id: expected an integer"));
 }
 
 // Writes the tensors of a folder anew, changed.
@@ -546,7 +560,8 @@ TEST_F(FamilyConfig, WindowIsTransformersWhereTheFileIsSilent) {
   for (const char* family : {"qwen2", "qwen3", "dots1"}) {  // of layers 28 and on, or 62 and on
     EXPECT_EQ(read(family, {{"use_sliding_window", true}}).sliding_window, 0) << family;
   }
-  for (const char* family : {"mixtral", "phimoe"}) EXPECT_EQ(read(family, json::object()).sliding_window, 0) << family;
+  for (const char* family : {"mixtral", "phimoe"})
+    EXPECT_EQ(read(family, json::object()).sliding_window, 0) << family;
 }
 
 TEST_F(FamilyConfig, OtherSpellingsAreRead) {

@@ -30,6 +30,11 @@ class Tokenizer {
   /// The same, appended to `out`.
   void encode(std::string_view text, std::vector<int32_t>& out, bool allow_special = false) const;
 
+  /// Ids of a text that a model shall continue: special tokens are recognised, and it begins with those that
+  /// the post-processor of a tokenizer.json puts before a text (`<s>`, `<|begin_of_text|>`), unless they
+  /// stand there.
+  std::vector<int32_t> encode_prompt(std::string_view text) const;
+
   /// Bytes of the tokens; a cut between tokens may cut a UTF-8 sequence. Ids without a token give nothing.
   std::string decode(std::span<const int32_t> ids, bool skip_special = false) const;
   /// Bytes of one token.

@@ -19,10 +19,10 @@ using at::Tensor;
 class KVCache {
  public:
   /// For `batch` documents, all empty. `reach` is what longrope takes for the length of each, whose keys turn
-  /// by it from the first on; 0: max_seq_len.
-  KVCache(const ModelConfig& config, int64_t batch, int64_t reach = 0);
+  /// by it from the first on; by default max_seq_len.
+  KVCache(const ModelConfig& config, int64_t batch, std::vector<int64_t> reach = {});
 
-  int64_t reach() const { return reach_; }
+  const std::vector<int64_t>& reach() const { return reach_; }
   int64_t batch() const { return state_.documents(); }
   /// Rows that a document holds.
   int64_t length(int64_t document) const { return state_.past().at(document); }
@@ -41,7 +41,7 @@ class KVCache {
 
   std::vector<std::vector<Entry>> layers_;  // [layer][document]
   DecodeState state_;
-  int64_t reach_;
+  std::vector<int64_t> reach_;
 };
 
 }  // namespace hymoe

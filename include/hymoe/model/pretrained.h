@@ -17,7 +17,8 @@ namespace hymoe {
 
 /// A model's config from `dir`/config.json: model_type of one of Hugging Face's families that
 /// docs/checkpoints.md has, or hymoe (ours). What we do not implement (another activation, other rope
-/// scalings, …) is a DataError that names the file and the key.
+/// scalings, …) is a DataError that names the file and the key. Texts end at the tokens that
+/// `dir`/generation_config.json names, too.
 ModelConfig read_model_config(const std::filesystem::path& dir);
 
 /// What `dir`/config.json says under "noncausal"; nothing where it does not say.
