@@ -114,13 +114,9 @@ void RouterConfig::check() const {
   refuse(by_bucket && !published && static_cast<double>(bucket) < capacity, "bucket",
          "no window gets more experts, nor so many on average as capacity: expected at least " +
              format_scalar(capacity) + ", got " + std::to_string(bucket));
-  if ((by_bucket ? bucket : top_k) == 1 && normalized() && shared == "apart") {
-    throw ConfigError(
-        by_bucket ? "bucket" : "top_k",
-        "a single normalised weight is always 1 and the router would get no gradient: expected at least "
-        "2, or normalize false" +
-            std::string(segment ? "" : ", or shared inside") + ", got 1");
-  }
+  refuse(segment && (by_bucket ? bucket : top_k) == 1 && normalized(), by_bucket ? "bucket" : "top_k",
+         "a single normalised weight is always 1 and the router would get no gradient: expected at least "
+         "2, or normalize false, got 1");
 }
 
 bool RouterConfig::chooses_top_k() const {

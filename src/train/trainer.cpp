@@ -38,6 +38,14 @@ void TrainConfig::check() const {
     throw ConfigError("prior_languages", "a router has a prior_loss: expected the languages it is for");
   if (!prior && !prior_languages.empty())
     throw ConfigError("prior_languages", "no router has a prior_loss: expected none");
+  for (size_t i = 0; i < branches.size(); ++i) {
+    const RouterConfig& router = branches[i].router;
+    if (router.kind != "topk" || router.top_k > 1 || !router.normalized() || router.shared == "inside")
+      continue;
+    throw ConfigError("model.moe.branches." + std::to_string(i) + ".router.top_k",
+                      "a single normalised weight is always 1 and the router would get no gradient: expected "
+                      "at least 2, or normalize false, or shared inside, got 1");
+  }
 }
 
 TrainConfig load_train_config(const std::filesystem::path& path, const std::vector<std::string>& overrides) {

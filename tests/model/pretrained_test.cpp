@@ -569,6 +569,10 @@ TEST_F(FamilyConfig, OtherSpellingsAreRead) {
   for (const char* family : {"mistral", "qwen2", "mixtral", "phimoe"}) {
     EXPECT_EQ(read(family, {{"num_key_value_heads", nullptr}}).num_kv_heads, 2) << family;
   }
+  for (const char* family : {"mixtral", "dots1"}) {  // whose router cannot be trained
+    const json one{{"num_experts_per_tok", 1}, {"norm_topk_prob", true}};
+    EXPECT_EQ(read(family, one).moe.branches[0].router.top_k, 1) << family;
+  }
   EXPECT_TRUE(read("qwen3_moe", {{"num_experts", 0}}).moe_layers.empty());
   EXPECT_TRUE(read("qwen3_moe", {{"mlp_only_layers", {0, 1}}}).moe_layers.empty());
 }

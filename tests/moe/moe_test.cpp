@@ -327,8 +327,10 @@ TEST(MoE, ConfigsLoadFromYaml) {
   EXPECT_EQ(config.branches[1].router.capacity, 2);
   EXPECT_EQ(config.branches[1].router.select, "threshold");
   EXPECT_EQ(to_yaml(parse_config<MoEConfig>(to_yaml(config), "again")), to_yaml(config));
-  EXPECT_ERROR(parse_config<MoEConfig>("branches: [{name: t, router: {top_k: 1}}]", "moe.yaml"),
-               "branches.0.router.top_k: a single normalised weight is always 1");
+  EXPECT_ERROR(
+      parse_config<MoEConfig>("branches: [{name: t, router: {kind: threshold, bucket: 1, normalize: true}}]",
+                              "moe.yaml"),
+      "branches.0.router.bucket: a single normalised weight is always 1");
 }
 
 // A user's router: document i goes to expert i modulo E, one unit a document.

@@ -95,17 +95,10 @@ TEST(TopkRouter, PaddingGetsNoExpertAndDoesNotCount) {
   EXPECT_EQ(router->forward(x, padded).aux_loss.item<float>(), 0);
 }
 
-TEST(TopkRouter, RefusesASingleNormalisedWeight) {
-  try {
-    routers().make("topk", {4, 5, {.top_k = 1}});
-    FAIL() << "accepted";
-  } catch (const ConfigError& e) {
-    EXPECT_EQ(e.key_path(), "top_k");
-    EXPECT_NE(e.text().find("no gradient"), std::string::npos);
-    EXPECT_NE(e.text().find("or shared inside"), std::string::npos);
-  }
-  EXPECT_NO_THROW(routers().make("topk", {4, 5, {.top_k = 1, .normalize = false}}));
-  EXPECT_NO_THROW(routers().make("topk", {4, 5, {.top_k = 1, .shared = "inside"}}));
+// Published models have it; training refuses it.
+TEST(TopkRouter, ASingleNormalisedWeightIsOne) {
+  const auto router = routers().make("topk", {4, 5, {.top_k = 1}});
+  EXPECT_TRUE(router->forward(at::randn({7, 4}), Packing::of(1, 7)).weights.equal(at::ones({7, 1})));
 }
 
 }  // namespace

@@ -262,7 +262,6 @@ TEST(TopkRouter, RefusesSettingsThatWouldNotCount) {
     return "accepted";
   };
   EXPECT_EQ(refusal({.scoring = "softmax_topk", .normalize = false}), "normalize");
-  EXPECT_EQ(refusal({.top_k = 1, .scoring = "softmax_topk"}), "top_k");
   EXPECT_EQ(refusal({.num_groups = 2, .top_groups = 3}), "top_groups");
   EXPECT_EQ(refusal({.scale = 0}), "scale");
   EXPECT_EQ(refusal({.jitter = 1}), "jitter");

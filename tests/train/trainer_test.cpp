@@ -414,6 +414,10 @@ TEST_F(TrainerTest, BadSettingsAreNamed) {
               c.model.vocab_size = 100, c.model.eos_token_ids = {};
             }).find("model.vocab_size: must be at least"),
             std::string::npos);
+  EXPECT_NE(message([](auto& c) {
+              c.model.moe.branches = {{.router = {.kind = "segment"}}, {.router = {.top_k = 1}}};
+            }).find("model.moe.branches.1.router.top_k: a single normalised weight is always 1"),
+            std::string::npos);
   EXPECT_NE(message([](auto& c) { c.runs = "/proc/nowhere"; }).find("/proc/nowhere"), std::string::npos);
   EXPECT_NE(message([](auto& c) { c.data.path = "/nowhere"; }).find("/nowhere"), std::string::npos);
 }
