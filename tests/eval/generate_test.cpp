@@ -1,5 +1,6 @@
 #include "hymoe/eval/generate.h"
 
+#include <cmath>
 #include <map>
 #include <string>
 #include <vector>
@@ -146,6 +147,8 @@ TEST(Generate, BadPromptsAreNamed) {
       .vocab_size = 100, .dim = 8, .num_layers = 1, .num_heads = 1, .num_kv_heads = 1, .hidden = 8});
   EXPECT_THROW(generate(small, tokenizer, {{1}}), DataError);
   EXPECT_TRUE(generate(model, tokenizer, {}).empty());
+  model->parameters()[0].detach().fill_(std::nan(""));
+  EXPECT_EQ(words_of({{1}}), "model: its logits are not finite");
 }
 
 }  // namespace
