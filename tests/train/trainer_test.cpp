@@ -415,8 +415,8 @@ TEST_F(TrainerTest, BadSettingsAreNamed) {
             }).find("model.vocab_size: must be at least"),
             std::string::npos);
   EXPECT_NE(message([](auto& c) {
-              c.model.moe.branches = {{.router = {.kind = "segment"}}, {.router = {.top_k = 1}}};
-            }).find("model.moe.branches.1.router.top_k: a single normalised weight is always 1"),
+              c.model.moe.branches = {{.name = "one", .num_experts = 2, .hidden = 8, .router = {.top_k = 1}}};
+            }).find("model.moe.branches.0.router.top_k: a single normalised weight is always 1"),
             std::string::npos);
   EXPECT_NE(message([](auto& c) { c.runs = "/proc/nowhere"; }).find("/proc/nowhere"), std::string::npos);
   EXPECT_NE(message([](auto& c) { c.data.path = "/nowhere"; }).find("/nowhere"), std::string::npos);
