@@ -169,7 +169,7 @@ std::string ModelLaws::padding() {
 }
 
 std::string ModelLaws::decoding() {
-  KVCache cache(model_->config(), 2, documents_[0].size(0));
+  KVCache cache(model_->config(), 2, {documents_[0].size(0), documents_[0].size(0)});
   std::vector<int64_t> ends = places_;
   ends.push_back(documents_[0].size(0));
   for (const int64_t end : ends) {
