@@ -179,6 +179,7 @@ class Program(Workspace):
                                ["experts=2", "noise=0"], ["num_layers=8", "zero_outputs=true", "experts=3", "noise=0", "order=interleave"]):
                     if name == "llama" and any("experts" in setting for setting in growth):
                         continue
+                    shutil.rmtree("grown-" + name, ignore_errors=True)
                     self.ok("grow", name, "grown-" + name, *growth)
                     after, info = hf.AutoModelForCausalLM.from_pretrained("grown-" + name, dtype=torch.float32, output_loading_info=True)
                     self.assertFalse(info["missing_keys"] or info["unexpected_keys"], info)

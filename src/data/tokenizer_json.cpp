@@ -134,7 +134,8 @@ void read_post_processor(const JsonNode& piece, std::vector<int32_t>& prefix) {
   if (type == "Sequence") {
     for (const JsonNode& item : piece.at("processors").array()) read_post_processor(item, prefix);
   } else if (type == "TemplateProcessing") {
-    for (const JsonNode& item : piece.at("single").array()) {
+    const auto single = piece.find("single");
+    for (const JsonNode& item : single ? single->array() : std::vector<JsonNode>{}) {
       const auto special = item.find("SpecialToken");
       if (!special) break;
       const JsonNode token = piece.at("special_tokens").at(special->at("id").string());

@@ -93,8 +93,7 @@ Tensor expert_matrix(const UpcycleConfig& config, const ExpertCopy& copy, const 
   Tensor matrix = copy.neurons.defined() ? dense.index_select(dim, copy.neurons) : dense;
   if (copy.fresh.defined() && copy.fresh.numel() > 0) {
     const Tensor replaced = matrix.index_select(dim, copy.fresh).to(at::kFloat);
-    const double mean = replaced.mean().item<double>(),
-                 std = replaced.numel() > 1 ? replaced.std().item<double>() : 0;
+    const auto [mean, std] = moments_of(replaced);
     const Tensor drawn = at::empty(replaced.sizes()).normal_(mean, std, generator_for(config.seed, name));
     matrix = matrix.to(at::kFloat).index_copy(dim, copy.fresh, drawn);
   }

@@ -92,7 +92,8 @@ class Growth {
       for (int64_t e = 0; e < pool->experts * config_.experts; ++e) {
         const GrownLayer from = grown_expert(e, pool->experts, config_);
         if (from.source == name.expert)
-          made.push_back(expert(source, prefix + name.head + std::to_string(e) + name.tail, from.copy));
+          made.push_back(
+              expert(source, prefix + name.head + std::to_string(e) + name.tail, *pool, from.copy));
       }
     } else {
       made.push_back(stacked(source, prefix + name.rest, *pool));
@@ -119,10 +120,16 @@ class Growth {
     return source.tensor();
   }
 
-  NewTensor expert(const Source& source, const std::string& name, bool copy) const {
+  // What noise is drawn by: a pool that grows again has other names for what it had, and must not draw again
+  // what it drew.
+  static std::string drawn_as(const std::string& name, const GrownPool& pool) {
+    return name + " of " + std::to_string(pool.experts);
+  }
+
+  NewTensor expert(const Source& source, const std::string& name, const GrownPool& pool, bool copy) const {
     return {{source.kind + name, source.info.dtype, source.info.shape},
-            [this, source, name, copy](const Put& put) {
-              put_expert(source, copy ? exact(source) : source.tensor(), name, copy, put);
+            [this, source, drawn = drawn_as(name, pool), copy](const Put& put) {
+              put_expert(source, copy ? exact(source) : source.tensor(), drawn, copy, put);
             }};
   }
 
@@ -146,11 +153,11 @@ class Growth {
     shape[0] += pool.experts * (config_.experts - 1);
     NewTensor made{{source.kind + name, source.info.dtype, shape}, {}};
     if (source.name.kind == Kind::kStacked) {
-      made.make = [this, source, name, experts = pool.experts](const Put& put) {
+      made.make = [this, source, drawn = drawn_as(name, pool), experts = pool.experts](const Put& put) {
         const Tensor values = source.tensor(), noised = exact(source);
         for (int64_t e = 0; e < experts * config_.experts; ++e) {
           const auto [from, copy] = grown_expert(e, experts, config_);
-          put_expert(source, (copy ? noised : values)[from], name + "." + std::to_string(e), copy, put);
+          put_expert(source, (copy ? noised : values)[from], drawn + "." + std::to_string(e), copy, put);
         }
       };
     } else if (config_.router == "random") {
@@ -179,7 +186,7 @@ class Growth {
     if (source.is_moment() || source.name.kind == Kind::kCutoff || config_.noise == 0) return grown;
     const Tensor which = at::tensor(copies);
     std::vector<Tensor> noised;
-    put_with_noise(grown, config_.noise, config_.seed, name, at::kFloat,
+    put_with_noise(grown, config_.noise, config_.seed, drawn_as(name, pool), at::kFloat,
                    [&](const Tensor& run) { noised.push_back(run); });
     return grown.to(at::kFloat).index_copy(0, which, at::cat(noised).view_as(grown).index_select(0, which));
   }
@@ -349,6 +356,7 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
   receipt.source_files = hashes.get()[0];
   write_file_atomic(folder / "receipt.json", receipt.to_json().dump(2) + "\n");
   write_file_atomic(folder / "grow.yaml", to_yaml(config));
+  check_vacant(target);  // still
   directory.commit();
   return receipt;
 }

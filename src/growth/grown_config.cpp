@@ -4,6 +4,7 @@
 #include <cctype>
 #include <charconv>
 #include <string_view>
+#include <utility>
 
 #include "config/node.h"
 #include "growth/grown_names.h"
@@ -11,9 +12,12 @@
 #include "hymoe/config/config.h"
 #include "hymoe/io/file.h"
 #include "hymoe/model/config.h"
+#include "hymoe/model/freeze.h"
+#include "hymoe/model/outline.h"
 #include "hymoe/model/pretrained.h"
 #include "model/config_file.h"
 #include "model/family_experts.h"
+#include "model/family_parts.h"
 
 namespace hymoe {
 namespace {
@@ -43,6 +47,28 @@ void grow_branch(BranchConfig& branch, const GrowConfig& config) {
   // Weights of a softmax are shared among copies, those of a sigmoid add up unless normalised.
   if (router.scoring == "sigmoid" && !router.normalized())
     branch.weight /= static_cast<double>(config.experts);
+}
+
+// Patterns that name a layer otherwise than by "layers.N." would freeze another one in the deeper model.
+void check_patterns(const ModelConfig& before, const ModelConfig& after,
+                    const std::vector<GrownLayer>& layers) {
+  const auto frozen = [](const ModelConfig& model, const std::string& name) {
+    return std::find_if(model.freeze.begin(), model.freeze.end(),
+                        [&](const std::string& pattern) { return name_matches(pattern, name); });
+  };
+  const Transformer model = outline(before);
+  for (const std::string& name : model->named_parameters().keys()) {
+    const TensorName parsed = parse_name(name);
+    for (size_t j = 0; j < layers.size() && parsed.layer >= 0; ++j) {
+      if (layers[j].source != parsed.layer) continue;
+      const std::string now = layer_prefix(static_cast<int64_t>(j)) + parsed.rest;
+      const auto was = frozen(before, name), is = frozen(after, now);
+      if ((was == before.freeze.end()) == (is == after.freeze.end())) continue;
+      throw ConfigError("num_layers", "the source's config has freeze pattern '" +
+                                          (is == after.freeze.end() ? *was : *is) +
+                                          "', which does not say which of the new layers it means");
+    }
+  }
 }
 
 // "model.layers.3.*" for every place that layer 3 now stands at.
@@ -77,12 +103,21 @@ std::vector<std::string> grow_patterns(const std::vector<std::string>& patterns,
 ModelConfig grow_model(ModelConfig model, const GrowConfig& config, const std::vector<GrownLayer>& layers) {
   const ModelConfig before = model;
   model.num_layers = static_cast<int64_t>(layers.size());
-  model.moe_layers.clear();
-  for (size_t j = 0; j < layers.size(); ++j) {
-    if (before.is_moe(layers[j].source)) model.moe_layers.push_back(static_cast<int64_t>(j));
-  }
+  // Every layer's kind is that of its source.
+  const auto grow_list = [&](std::vector<int64_t>& list) {
+    const std::vector<int64_t> sources = std::exchange(list, {});
+    for (size_t j = 0; j < layers.size(); ++j) {
+      if (std::find(sources.begin(), sources.end(), layers[j].source) != sources.end())
+        list.push_back(static_cast<int64_t>(j));
+    }
+  };
+  grow_list(model.moe_layers);
+  grow_list(model.full_attention_layers);
+  if (model.top_query && layers.size() > static_cast<size_t>(before.num_layers) && config.last == 0)
+    throw ConfigError("last", "the top query layer stays single: expected at least 1, got 0");
   if (layers.size() > static_cast<size_t>(before.num_layers))
     model.freeze = grow_patterns(before.freeze, layers);
+  if (!model.freeze.empty()) check_patterns(before, model, layers);
   for (BranchConfig& branch : model.moe.branches) {
     if (is_meant(branch.name, config)) grow_branch(branch, config);
   }
@@ -119,6 +154,7 @@ void grow_sparse_layers(ordered_json& json, const ConfigFile& file, int64_t befo
 }
 
 void grow_hugging_face(GrownConfig& grown, const ConfigFile& file, const GrowConfig& config) {
+  refuse_what_no_family_has(file);
   ordered_json& json = grown.json;
   const int64_t before = file.get_layers("num_hidden_layers");
   grown.layers = layer_map(before, config);

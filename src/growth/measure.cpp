@@ -68,7 +68,9 @@ Outputs outputs_of(Transformer& model, const Sample& sample, const char* phase,
   model->eval();
   const auto parameters = model->named_parameters();
   const Tensor* head = parameters.find("lm_head.weight");
-  Outputs outputs{.output_weight = (head ? *head : parameters[kEmbedding]).detach()};
+  const Tensor* bias = parameters.find("lm_head.bias");
+  Outputs outputs{.output_weight = (head ? *head : parameters[kEmbedding]).detach(),
+                  .output_bias = bias ? bias->detach() : Tensor()};
   for (const Batch& batch : sample.batches) {
     progress(phase, static_cast<int64_t>(outputs.hidden.size()), static_cast<int64_t>(sample.batches.size()));
     outputs.hidden.push_back(model->hidden(batch.tokens.flatten(), {.offsets = batch.offsets}).hidden);
@@ -89,7 +91,7 @@ Comparison compare(const fs::path& source, const Outputs& before, const Outputs&
     for (int64_t t = 0; t < targets.numel(); t += kRows) {
       const int64_t rows = std::min(kRows, targets.numel() - t);
       const auto logits = [&](const Outputs& of) {
-        return at::linear(of.hidden[i].narrow(0, t, rows), of.output_weight).to(at::kFloat);
+        return at::linear(of.hidden[i].narrow(0, t, rows), of.output_weight, of.output_bias).to(at::kFloat);
       };
       const Tensor a = logits(before), b = logits(after), wanted = targets.narrow(0, t, rows);
       const auto difference = (a - b).abs().max().item<double>();

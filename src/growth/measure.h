@@ -32,6 +32,7 @@ Transformer load_in_own_dtype(const std::filesystem::path& folder);
 struct Outputs {
   std::vector<Tensor> hidden = {};  // [T, D] a batch
   Tensor output_weight = {};        // [V, D]
+  Tensor output_bias = {};          // [V], or undefined
 };
 Outputs outputs_of(Transformer& model, const Sample& sample, const char* phase,
                    const GrowthProgress& progress);

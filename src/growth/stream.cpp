@@ -34,16 +34,18 @@ Tensor converted(const Tensor& run, at::ScalarType dtype) {
   return written;
 }
 
-// The parts' moments are merged in their order, so that the number of threads does not matter.
-double std_of(const Tensor& flat) {
-  struct Moments {
+}  // namespace
+
+Moments moments_of(const Tensor& values) {
+  struct Part {
     double mean = 0, squares = 0;  // squared distances from the mean
   };
-  std::vector<Moments> parts(parts_of(flat));
+  const Tensor flat = values.contiguous().view(-1);
+  std::vector<Part> parts(parts_of(flat));
   parallel_for(parts_of(flat), at::get_num_threads(), [&](int64_t part) {
-    Tensor values = at::empty({part_of(flat, part).numel()}, at::kFloat).copy_(part_of(flat, part));
-    const Tensor mean = values.mean();
-    parts[part] = {mean.item<double>(), values.sub_(mean).square_().sum().item<double>()};
+    Tensor exact = at::empty({part_of(flat, part).numel()}, at::kFloat).copy_(part_of(flat, part));
+    const Tensor mean = exact.mean();
+    parts[part] = {mean.item<double>(), exact.sub_(mean).square_().sum().item<double>()};
   });
   const auto count = static_cast<double>(flat.numel());
   double mean = 0, squares = 0;
@@ -51,10 +53,8 @@ double std_of(const Tensor& flat) {
   for (size_t i = 0; i < parts.size(); ++i) mean += parts[i].mean * size(i) / count;
   for (size_t i = 0; i < parts.size(); ++i)
     squares += parts[i].squares + size(i) * (parts[i].mean - mean) * (parts[i].mean - mean);
-  return count > 1 ? std::sqrt(squares / (count - 1)) : 0;
+  return {mean, count > 1 ? std::sqrt(squares / (count - 1)) : 0};
 }
-
-}  // namespace
 
 SafetensorsLayout write_tensors(const fs::path& folder, const std::string& stem,
                                 const std::vector<NewTensor>& tensors,
@@ -107,7 +107,7 @@ void put_with_noise(const Tensor& values, double share, int64_t seed, const std:
                     at::ScalarType dtype, const NewTensor::Put& put) {
   if (share == 0) return put(values);
   const Tensor flat = values.contiguous().view(-1);
-  const double std = share * std_of(flat);
+  const double std = share * moments_of(flat).std;
   int64_t before = 0;  // parts
   for (const Tensor& exact : flat.split(kRun)) {
     const Tensor run = at::empty(exact.sizes(), dtype);

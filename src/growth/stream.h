@@ -42,6 +42,13 @@ SafetensorsLayout write_tensors(const std::filesystem::path& folder, const std::
 /// The random numbers of one tensor, whatever was drawn for others.
 at::Generator generator_for(int64_t seed, std::string_view name);
 
+/// Mean and standard deviation (unbiased; 0 of one element) in fp32 parts, merged in their order: the same
+/// for any number of threads.
+struct Moments {
+  double mean = 0, std = 0;
+};
+Moments moments_of(const Tensor& values);
+
 /// Hands on values + N(0, (share·std(values))²), added in fp32 and rounded to `dtype`, run by run. What is
 /// drawn does not depend on the number of threads. With a share of 0, the values as they are.
 void put_with_noise(const Tensor& values, double share, int64_t seed, const std::string& name,

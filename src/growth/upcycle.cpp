@@ -301,6 +301,7 @@ UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const Upc
   for (size_t i = 0; i < folders.size(); ++i) receipt.source_files[folders[i].string()] = files[i];
   write_file_atomic(folder / "receipt.json", receipt.to_json().dump(2) + "\n");
   write_file_atomic(folder / "upcycle.yaml", to_yaml(config));
+  check_vacant(target);  // still
   directory.commit();
   return receipt;
 }

@@ -261,7 +261,8 @@ void export_pretrained(const Transformer& model, const std::filesystem::path& di
   layout.create(directory.folder());
   layout.write(directory.folder(), [&](const SafetensorsLayout::Put& put) {
     for (const TensorSpec& spec : specs)
-      put(TensorPart::whole(spec.name, assemble(spec.name, spec.shape, spec.dtype, parts[spec.name])));
+      put(TensorPart::whole(spec.name,
+                            assemble(spec.name, spec.shape, spec.dtype, parts[spec.name]).contiguous()));
   });
   write_file_atomic(directory.folder() / "config.json", config.dump(2) + "\n");
   if (!tokenizer_dir.empty()) copy_tokenizer_files(tokenizer_dir, directory.folder());
