@@ -311,6 +311,7 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
   check_config(given);
   check_vacant(target);
   AtomicDirectory directory(target);
+  remove_abandoned(fs::absolute(directory.folder()).parent_path());
   const torch::NoGradGuard no_grad;
   GrowConfig config = given;
   config.zero_outputs |= config.depth == "identity";

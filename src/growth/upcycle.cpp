@@ -251,6 +251,7 @@ UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const Upc
   check_config(config);
   check_vacant(target);
   AtomicDirectory directory(target);
+  remove_abandoned(fs::absolute(directory.folder()).parent_path());
   const torch::NoGradGuard no_grad;
   const ModelConfig dense_config = read_model_config(source);
   if (!dense_config.moe_layers.empty())

@@ -228,10 +228,51 @@ TEST_F(Grow, FreezePatternsFollowTheirLayers) {
   grow(hybrid(), grown(), config(4));
   EXPECT_EQ(load_pretrained(grown())->config().freeze,
             std::vector<std::string>({"*norm.weight", "model.layers.2.mlp.*", "model.layers.3.mlp.*"}));
-  tiny::write_hybrid_checkpoint(hybrid(), [](ModelConfig& model) { model.freeze = {"model.layers.1*"}; });
-  EXPECT_NE(message_of<Error>([&] { grow(hybrid(), folder / "none", config(4)); }).find("freeze pattern"),
-            std::string::npos);
-  EXPECT_FALSE(fs::exists(folder / "none"));
+  for (const char* pattern : {"model.layers.1*", "*.1.self_attn.*"}) {  // of which layer?
+    tiny::write_hybrid_checkpoint(hybrid(), [&](ModelConfig& model) { model.freeze = {pattern}; });
+    EXPECT_TRUE(
+        holds(message_of<Error>([&] { grow(hybrid(), folder / "none", config(4)); }), "freeze pattern"));
+    EXPECT_FALSE(fs::exists(folder / "none"));
+  }
+}
+
+TEST_F(Grow, LayersStayWhatTheyWere) {
+  tiny::write_hybrid_checkpoint(hybrid(), [](ModelConfig& model) {
+    model.sliding_window = 2;
+    model.full_attention_layers = {1};
+    model.tie_embeddings = false;
+    model.logits_bias = true;
+  });
+  GrowConfig config = this->config(4);
+  config.zero_outputs = true;
+  const Comparison comparison = grow(hybrid(), grown(), config).comparison;
+  EXPECT_EQ(load_pretrained(grown())->config().full_attention_layers, (std::vector<int64_t>{2, 3}));
+  EXPECT_LT(comparison.max_logit_difference, 1e-4);
+  // The receipt's loss is that of the logits, bias and all.
+  Transformer model = load_pretrained(hybrid());
+  {
+    torch::NoGradGuard no_grad;
+    model->named_parameters()["lm_head.bias"].copy_(at::arange(model->config().vocab_size) == 'a').mul_(20);
+  }
+  save_pretrained(model, hybrid(), grown());
+  EXPECT_GT(std::abs(grow_again(hybrid(), config).comparison.loss_before - comparison.loss_before), 1);
+
+  tiny::write_hybrid_checkpoint(hybrid(), [](ModelConfig& model) { model.top_query = true; });
+  EXPECT_TRUE(holds(message_of<ConfigError>([&] { grow_again(hybrid(), config); }), "last: the top query"));
+  config.last = 1;
+  EXPECT_LT(grow_again(hybrid(), config).comparison.max_logit_difference, 1e-4);
+}
+
+TEST_F(Grow, GrowingAgainDrawsAnew) {
+  tiny::write_hybrid_checkpoint(hybrid());
+  GrowConfig config = this->config(0, 2);
+  config.order = "interleave";
+  grow(hybrid(), folder / "once", config);
+  grow(folder / "once", grown(), config);
+  const Tensor experts = SafetensorsFolder(grown()).tensor("model.layers.1.mlp.token.experts.down_proj");
+  for (int64_t a = 0; a < experts.size(0); ++a) {
+    for (int64_t b = 0; b < a; ++b) EXPECT_FALSE(experts[a].equal(experts[b])) << a << " " << b;
+  }
 }
 
 TEST_F(Grow, AGrownModelTrains) {
@@ -340,6 +381,10 @@ TEST_F(Grow, FilesMustHoldWhatTheConfigSays) {
       ": config.json has 3 experts, the files have 0");
   EXPECT_EQ(error({{"model_type", "olmoe"}, {"num_experts", 3}, {"num_hidden_layers", 3}}, mixtral_layer()),
             ": config.json has 3 layers, the files have 2");
+  EXPECT_TRUE(holds(
+      error({{"model_type", "mixtral"}, {"num_local_experts", 3}, {"quantization_config", {{"bits", 4}}}},
+            mixtral_layer()),
+      "quantization_config: is not implemented"));
   EXPECT_EQ(error({{"model_type", 3}}, mixtral_layer()), "/config.json: model_type: expected text, got 3");
   EXPECT_EQ(error({{"model_type", "mixtral"}, {"num_local_experts", "3"}}, mixtral_layer()),
             "/config.json: num_local_experts: expected an integer, got \"3\"");

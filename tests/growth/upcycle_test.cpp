@@ -370,7 +370,9 @@ TEST_F(Upcycle, WhatIsWrongWithTheSourceOrTargetIsSaid) {
   config.layers = {0, 2};
   EXPECT_EQ(error_of(config), "layers: the model has 2 layers, from 0 on, got 2");
   config.layers.clear();
+  fs::create_directory(folder / "hybrid.tmp-abcdef");  // of a killed one
   upcycle(dense(), hybrid(), config);
+  EXPECT_FALSE(fs::exists(folder / "hybrid.tmp-abcdef"));
   EXPECT_TRUE(holds(message_of<DataError>([&] { upcycle(dense(), hybrid(), config); }), "is there already"));
   EXPECT_TRUE(holds(message_of<DataError>([&] { upcycle(dense(), dense(), config); }), "is there already"));
   EXPECT_TRUE(fs::exists(dense() / "config.json"));
