@@ -157,7 +157,7 @@ class Program(Workspace):
             self.skipTest("torch and transformers are not there: run this with the Python of LibTorch's environment")
         hf.utils.logging.disable_progress_bar()
         shape = dict(vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, num_experts_per_tok=2,
-                     tie_word_embeddings=False, pad_token_id=None)
+                     tie_word_embeddings=False, pad_token_id=None, eos_token_id=2)
         # Qwen's routers of four experts, in every second layer and in all.
         models = {"mixtral": hf.MixtralConfig(**shape, intermediate_size=24, num_local_experts=4),
                   "qwen2_moe": hf.Qwen2MoeConfig(**shape, intermediate_size=24, moe_intermediate_size=12, shared_expert_intermediate_size=12,

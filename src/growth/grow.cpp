@@ -210,38 +210,6 @@ class Growth {
   const SafetensorsFolder* optimizer_;
 };
 
-// Layers and experts must be those that config.json counts, or some would be lost, or none be copied.
-void check_names(const SafetensorsFolder& model, const GrownConfig& grown) {
-  const int64_t layers = grown.layers.back().source + 1;           // the last one stays the last
-  std::map<int64_t, int64_t> tensors;                              // of each layer
-  std::map<std::pair<std::string, std::string>, int64_t> experts;  // by pool, and name with * for the number
-  for (const std::string& name : model.names()) {
-    const TensorName parsed = parse_name(name);
-    ++tensors[parsed.layer];
-    if (parsed.kind == Kind::kStacked)
-      experts[{parsed.pool, name}] = model.info(name).shape.empty() ? 0 : model.info(name).shape[0];
-    if (parsed.kind == Kind::kExpert)
-      ++experts[{parsed.pool, layer_prefix(parsed.layer) + parsed.head + "*" + parsed.tail}];
-  }
-  const auto check = [&](const std::string& what, int64_t wanted, int64_t got) {
-    if (wanted == got) return;
-    throw DataError(model.path().string(), "config.json has " + std::to_string(wanted) + " " + what +
-                                               ", the files have " + std::to_string(got));
-  };
-  tensors.erase(-1);
-  check("layers", layers, tensors.empty() ? 0 : tensors.rbegin()->first + 1);
-  check("layers", layers, static_cast<int64_t>(tensors.size()));
-  for (const auto& [name, pool] : grown.pools) {
-    bool any = false;
-    for (const auto& [key, number] : experts) {
-      if (key.first != name) continue;
-      check("experts at " + key.second, pool.experts, number);
-      any = true;
-    }
-    if (!any) check("experts", pool.experts, 0);
-  }
-}
-
 // A router or experts of the user's own may have tensors that growth does not know as theirs.
 void check_model(const ModelConfig& config, const std::vector<NewTensor>& tensors) {
   std::map<std::string, std::vector<int64_t>> made;
@@ -318,7 +286,7 @@ GrowReceipt grow(const fs::path& source, const fs::path& target, const GrowConfi
   const GrownConfig grown = grown_config(source, config);
   const SafetensorsFolder model(source);
   const std::optional<SafetensorsFolder> optimizer = open_optimizer(source, config);
-  check_names(model, grown);
+  check_weights(source);
   std::optional<Sample> sample;
   Outputs before;
   const auto outputs = [&](const fs::path& of, const char* phase) {

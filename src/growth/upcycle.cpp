@@ -266,7 +266,7 @@ UpcycleReceipt upcycle(const fs::path& source, const fs::path& target, const Upc
   folders.insert(folders.end(), config.experts_from.begin(), config.experts_from.end());
   for (const fs::path& folder : folders) {
     read.push_back(sources.emplace_back(std::make_unique<SafetensorsFolder>(folder)).get());
-    check_weights(*read.back(), dense);
+    check_weights(folder);
     if (folder != source) check_same_function(dense_config, folder);
   }
   std::optional<Sample> sample;

@@ -16,6 +16,7 @@
 
 #include "hymoe/config/error.h"
 #include "hymoe/io/file.h"
+#include "hymoe/model/outline.h"
 #include "hymoe/model/sharding.h"
 #include "io/names.h"
 #include "model/family.h"
@@ -173,13 +174,16 @@ std::vector<Target> find_targets(const SafetensorsFolder& files, const Family* f
   return targets;
 }
 
+const Family* family_of(const std::filesystem::path& dir) {
+  return find_family(ConfigFile::in(dir).get<std::string>("model_type"));
+}
+
 // Parameters become `dtype` if one is given, and everything goes to `device` if one is given.
 void fill(Transformer& model, const std::filesystem::path& dir, std::optional<at::Device> device,
           std::optional<at::ScalarType> dtype) {
   const torch::NoGradGuard no_grad;
   const SafetensorsFolder files(dir);
-  const Family* family = find_family(ConfigFile::in(dir).get<std::string>("model_type"));
-  for (Target& target : find_targets(files, family, model)) {
+  for (Target& target : find_targets(files, family_of(dir), model)) {
     Tensor& to = target.tensor;
     if (!to.defined()) continue;
     const at::ScalarType to_dtype = target.is_parameter ? dtype.value_or(to.scalar_type()) : to.scalar_type();
@@ -209,8 +213,8 @@ Transformer load_pretrained(const std::filesystem::path& dir, at::Device device,
   return model;
 }
 
-void check_weights(const SafetensorsFolder& files, const Transformer& model) {
-  find_targets(files, nullptr, model);
+void check_weights(const std::filesystem::path& dir) {
+  find_targets(SafetensorsFolder(dir), family_of(dir), outline(read_model_config(dir)));
 }
 
 void load_weights(Transformer& model, const std::filesystem::path& dir) { fill(model, dir, {}, {}); }

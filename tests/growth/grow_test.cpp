@@ -297,40 +297,41 @@ TEST_F(Grow, AGrownModelTrains) {
   EXPECT_LT(losses[2], losses[0]);
 }
 
-// Hugging Face's MoE models, of which growth knows the names alone.
-void write_moe(const fs::path& folder, nlohmann::json config, const NamedTensors& layer,
-               int64_t max_shard_bytes) {
+// A small random model of a family of Hugging Face's, in its files; what is in them may be changed.
+using Change = std::function<void(json& config, NamedTensors& tensors)>;
+void write_family(const fs::path& folder, const json& more, const Change& change = {},
+                  int64_t max_shard_bytes = 1 << 30) {
+  json config{{"vocab_size", 5},         {"hidden_size", 8},         {"intermediate_size", 4},
+              {"num_hidden_layers", 2},  {"num_attention_heads", 2}, {"num_key_value_heads", 1},
+              {"num_experts_per_tok", 2}};
+  config.update(more);
+  const TemporaryFolder made;
+  write_file_atomic(made / "config.json", config.dump());
+  torch::manual_seed(3);
+  export_pretrained(Transformer(read_model_config(made.path())), made / "model");
+  config = json::parse(read_text(made / "model/config.json"));
+  config.update(more);
+  const SafetensorsFolder files(made / "model");
+  NamedTensors tensors;
+  for (const std::string& name : files.names()) tensors.emplace_back(name, files.tensor(name).clone());
+  if (change) change(config, tensors);
+  fs::remove_all(folder);
   fs::create_directories(folder);
-  config.emplace("num_hidden_layers", 2);
-  config.update({{"num_experts_per_tok", 2}, {"hidden_size", 6}});
   write_file_atomic(folder / "config.json", config.dump());
-  NamedTensors tensors = {{"model.embed_tokens.weight", at::randn({5, 6}, at::kBFloat16)}};
-  for (int64_t i = 0; i < 2; ++i) {
-    for (const auto& [name, values] : layer)
-      tensors.emplace_back("model.layers." + std::to_string(i) + "." + name, (values + i).to(at::kBFloat16));
-  }
   write_safetensors_sharded(folder, "model", tensors, max_shard_bytes);
 }
 
-NamedTensors mixtral_layer() {
-  NamedTensors layer = {{"block_sparse_moe.gate.weight", at::randn({3, 6})}};
-  for (int64_t e = 0; e < 3; ++e) {
-    for (const char* matrix : {".w1.weight", ".w2.weight", ".w3.weight"})
-      layer.emplace_back("block_sparse_moe.experts." + std::to_string(e) + matrix, at::randn({4, 6}));
-  }
-  layer.emplace_back("self_attn.o_proj.weight", at::randn({6, 6}));
-  return layer;
-}
+const json kMixtral{{"model_type", "mixtral"}, {"num_local_experts", 3}};
 
 TEST_F(Grow, KnowsExpertsOneByOne) {
-  torch::manual_seed(3);
   const fs::path source = folder / "mixtral";
-  write_moe(source,
-            {{"model_type", "mixtral"},
-             {"num_local_experts", 3},
-             {"mlp_only_layers", nullptr},
-             {"auto_map", {{"AutoConfig", "modeling.Config"}}}},
-            mixtral_layer(), 100);  // many shards
+  write_family(
+      source, kMixtral,
+      [](json& config, NamedTensors&) {
+        config["mlp_only_layers"] = nullptr;
+        config["auto_map"] = {{"AutoConfig", "modeling.Config"}};
+      },
+      100);  // many shards
   GrowConfig config{.num_layers = 4, .zero_outputs = true, .experts = 2, .order = "interleave", .noise = 0};
   grow(source, grown(), config);
   const auto json = json::parse(read_text(grown() / "config.json"));
@@ -338,8 +339,8 @@ TEST_F(Grow, KnowsExpertsOneByOne) {
   EXPECT_EQ(json["num_local_experts"], 6);
   EXPECT_EQ(json["num_experts_per_tok"], 4);
   EXPECT_FALSE(json.contains("auto_map"));
+  check_weights(grown());
   const SafetensorsFolder from(source), to(grown());
-  ASSERT_EQ(to.names().size(), 1u + 4 * (1 + 6 * 3 + 1));
   for (int64_t j = 0; j < 4; ++j) {
     const std::string before = "model.layers." + std::to_string(j / 2) + ".block_sparse_moe.",
                       after = "model.layers." + std::to_string(j) + ".block_sparse_moe.";
@@ -363,66 +364,70 @@ TEST_F(Grow, KnowsExpertsOneByOne) {
 }
 
 TEST_F(Grow, FilesMustHoldWhatTheConfigSays) {
-  const auto error = [&](const json& config, NamedTensors layer) {
-    const fs::path source = folder / "wrong";
-    fs::remove_all(source);
-    write_moe(source, config, layer, 1 << 20);
-    return message_of<Error>([&] { grow(source, grown(), {.num_layers = 0, .experts = 2}); })
-        .substr(source.string().size());
+  const fs::path source = folder / "wrong";
+  const auto error = [&](const Change& change) {
+    write_family(source, kMixtral, change);
+    const std::string text = message_of<Error>([&] { grow(source, grown(), {.experts = 2}); });
+    EXPECT_FALSE(fs::exists(grown()));
+    return text;
   };
-  const json mixtral{{"model_type", "mixtral"}, {"num_local_experts", 3}};
-  NamedTensors layer = mixtral_layer();
-  layer.erase(layer.begin() + 4);
-  EXPECT_EQ(
-      error(mixtral, layer),
-      ": config.json has 3 experts at model.layers.0.block_sparse_moe.experts.*.w1.weight, the files have 2");
-  EXPECT_EQ(
-      error({{"model_type", "olmoe"}, {"num_experts", 3}}, {{"mlp.gate_proj.weight", at::randn({4, 6})}}),
-      ": config.json has 3 experts, the files have 0");
-  EXPECT_EQ(error({{"model_type", "olmoe"}, {"num_experts", 3}, {"num_hidden_layers", 3}}, mixtral_layer()),
-            ": config.json has 3 layers, the files have 2");
-  EXPECT_TRUE(holds(
-      error({{"model_type", "mixtral"}, {"num_local_experts", 3}, {"quantization_config", {{"bits", 4}}}},
-            mixtral_layer()),
-      "quantization_config: is not implemented"));
-  EXPECT_EQ(error({{"model_type", 3}}, mixtral_layer()), "/config.json: model_type: expected text, got 3");
-  EXPECT_EQ(error({{"model_type", "mixtral"}, {"num_local_experts", "3"}}, mixtral_layer()),
-            "/config.json: num_local_experts: expected an integer, got \"3\"");
-}
-
-TEST_F(Grow, NamesOfAnyLengthAreRead) {
-  const fs::path source = folder / "names";
+  const std::string expert = "model.layers.0.block_sparse_moe.experts.2.w1.weight";
+  const auto find = [&](NamedTensors& tensors) {
+    return std::find_if(tensors.begin(), tensors.end(),
+                        [&](const auto& item) { return item.first == expert; });
+  };
+  EXPECT_TRUE(holds(error([&](json&, NamedTensors& tensors) { tensors.erase(find(tensors)); }), expert));
+  EXPECT_TRUE(holds(error([&](json&, NamedTensors& tensors) {
+                      find(tensors)->second = at::ones({3, 8});
+                    }),
+                    "of another shape or type: " + expert));
   for (const std::string& name :
        {"model.layers.0." + std::string(300'000, 'a'), "model.layers." + std::string(30, '9') + ".a",
-        "model.layers.0.mlp.experts." + std::string(30, '9') + ".w1.weight"}) {
-    fs::remove_all(source);
-    NamedTensors layer = mixtral_layer();
-    write_moe(source, {{"model_type", "mixtral"}, {"num_local_experts", 3}}, layer, 1 << 30);
-    NamedTensors tensors{{name, at::ones({2})}};
-    const SafetensorsFolder folder(source);
-    for (const std::string& other : folder.names()) tensors.emplace_back(other, folder.tensor(other).clone());
-    write_safetensors(source / "model.safetensors", tensors);
-    fs::remove_all(grown());
-    grow(source, grown(), {.num_layers = 2, .experts = 2, .noise = 0});
-    EXPECT_TRUE(SafetensorsFolder(grown()).contains(name));
+        std::string("model.layers.7.a")}) {
+    EXPECT_TRUE(holds(error([&](json&, NamedTensors& tensors) { tensors.emplace_back(name, at::ones({2})); }),
+                      "that this model has not: " + name.substr(0, 20)));
   }
+  EXPECT_TRUE(
+      holds(error([](json& config, NamedTensors&) { config["num_hidden_layers"] = 3; }), "model.layers.2."));
+  EXPECT_TRUE(holds(error([](json& config, NamedTensors&) {
+                      config["quantization_config"] = {{"bits", 4}};
+                    }),
+                    "quantization_config: is not implemented"));
+  EXPECT_TRUE(holds(error([](json& config, NamedTensors&) { config["model_type"] = 3; }),
+                    "config.json: model_type: expected text, got 3"));
+  EXPECT_TRUE(holds(error([](json& config, NamedTensors&) { config["num_local_experts"] = "3"; }),
+                    "config.json: num_local_experts: expected an integer, got \"3\""));
 }
 
 TEST_F(Grow, KnowsStackedExpertsAndDenseLayersBetween) {
-  torch::manual_seed(4);
   const fs::path source = folder / "qwen";
-  write_moe(source,
-            {{"model_type", "qwen2_moe"},
-             {"num_experts", 3},
-             {"decoder_sparse_step", 2},
-             {"mlp_only_layers", json::array()},
-             {"layer_types", {"full_attention", "sliding_attention"}}},
-            {{"mlp.gate.weight", at::randn({3, 6})},
-             {"mlp.experts.gate_up_proj", at::randn({3, 8, 6})},
-             {"mlp.experts.down_proj", at::randn({3, 6, 4})},
-             {"mlp.shared_expert.down_proj.weight", at::randn({6, 4})},
-             {"mlp.shared_expert_gate.weight", at::randn({1, 6})}},
-            1 << 20);
+  const std::string experts = "model.layers.1.mlp.experts.";
+  write_family(source,
+               {{"model_type", "qwen2_moe"},
+                {"num_experts", 3},
+                {"moe_intermediate_size", 4},
+                {"shared_expert_intermediate_size", 4},
+                {"decoder_sparse_step", 2},
+                {"mlp_only_layers", json::array()}},
+               [&](json& config, NamedTensors& tensors) {
+                 config["layer_types"] = {"full_attention", "sliding_attention"};
+                 config["use_sliding_window"] = true;
+                 config["sliding_window"] = 4;
+                 std::map<std::string, std::vector<Tensor>> matrices;  // of every expert
+                 NamedTensors others;
+                 for (const auto& [name, values] : tensors) {
+                   if (name.starts_with(experts)) {
+                     matrices[name.substr(experts.size() + 2)].push_back(values);
+                   } else {
+                     others.emplace_back(name, values);
+                   }
+                 }
+                 const auto all = [&](const char* name) { return at::stack(matrices[name]); };
+                 others.emplace_back(experts + "gate_up_proj",
+                                     at::cat({all("gate_proj.weight"), all("up_proj.weight")}, 1));
+                 others.emplace_back(experts + "down_proj", all("down_proj.weight"));
+                 tensors = others;
+               });
   grow(source, grown(), {.num_layers = 4, .depth = "stack", .experts = 2, .noise = 0});
   const auto json = json::parse(read_text(grown() / "config.json"));
   EXPECT_EQ(json["num_experts"], 6);
@@ -430,10 +435,10 @@ TEST_F(Grow, KnowsStackedExpertsAndDenseLayersBetween) {
   EXPECT_EQ(json["mlp_only_layers"], json::array({0, 2}));
   EXPECT_EQ(json["layer_types"],
             json::array({"full_attention", "sliding_attention", "full_attention", "sliding_attention"}));
+  check_weights(grown());
   const SafetensorsFolder from(source), to(grown());
-  for (int64_t j = 0; j < 4; ++j) {
-    const std::string before = "model.layers." + std::to_string(j % 2) + ".mlp.",
-                      after = "model.layers." + std::to_string(j) + ".mlp.";
+  for (const char* layer : {"1", "3"}) {
+    const std::string before = "model.layers.1.mlp.", after = "model.layers." + std::string(layer) + ".mlp.";
     for (const char* name : {"experts.gate_up_proj", "experts.down_proj", "gate.weight"})
       EXPECT_TRUE(
           to.tensor(after + name).equal(at::cat({from.tensor(before + name), from.tensor(before + name)})));

@@ -44,12 +44,11 @@ nlohmann::ordered_json export_config_json(const ModelConfig& config, at::ScalarT
 Transformer load_pretrained(const std::filesystem::path& dir, at::Device device = at::kCPU,
                             at::ScalarType dtype = at::kFloat, const Mesh& mesh = {});
 
-/// Throws what loading them would for files that do not hold the tensors of `model`, which may be an outline,
-/// under our names.
-void check_weights(const SafetensorsFolder& files, const Transformer& model);
-
 /// The same into a model that is there (its device, its dtypes), from a folder with the tensors of it.
 void load_weights(Transformer& model, const std::filesystem::path& dir);
+
+/// Throws what load_pretrained would for files that do not hold the tensors of config.json's model.
+void check_weights(const std::filesystem::path& dir);
 
 /// Writes config.json and model*.safetensors into `folder`, which exists, and copies the tokenizer and
 /// generation files of `tokenizer_dir` if one is given.
