@@ -42,11 +42,11 @@ struct ConfigArguments {
   // The config, where the file may be left out: defaults and overrides then.
   template <typename Config>
   Config load() const {
-    if (path.empty()) return parse_config<Config>("{}", "command line", {});
-    if (path.find('=') == std::string::npos || std::filesystem::exists(path))
-      return load_config<Config>(path, overrides);
-    std::vector<std::string> all = {path};  // an override that stands where the file would
-    all.insert(all.end(), overrides.begin(), overrides.end());
+    const bool is_file =
+        !path.empty() && (path.find('=') == std::string::npos || std::filesystem::exists(path));
+    if (is_file) return load_config<Config>(path, overrides);
+    std::vector<std::string> all = overrides;
+    if (!path.empty()) all.insert(all.begin(), path);  // an override that stands where the file would
     return parse_config<Config>("{}", "command line", all);
   }
 };

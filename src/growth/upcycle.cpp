@@ -52,7 +52,7 @@ ModelConfig hybrid_config(const ModelConfig& dense, const UpcycleConfig& config)
   return hybrid;
 }
 
-// The tensors of the hybrid model as recipes over those of the dense ones.
+// Weights of models that compute otherwise have no mean.
 void check_same_function(const ModelConfig& wanted, const fs::path& folder) {
   const auto comparable = [](ModelConfig config) {
     config.family = {};
@@ -67,6 +67,7 @@ void check_same_function(const ModelConfig& wanted, const fs::path& folder) {
     throw DataError((folder / "config.json").string(), "differs from the source's: " + differences[0]);
 }
 
+// The tensors of the hybrid model as recipes over those of the dense ones.
 class Upcycling {
  public:
   Upcycling(const UpcycleConfig& config, const ModelConfig& dense, const ModelConfig& hybrid,

@@ -23,7 +23,6 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-
 std::string folder_name(int64_t step) {
   std::array<char, 32> name{};
   std::snprintf(name.data(), name.size(), "step-%08lld", static_cast<long long>(step));
